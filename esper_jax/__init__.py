@@ -1,0 +1,1 @@
+"""esper_jax: reinforcement learning of growth in neural networks."""

@@ -1,0 +1,63 @@
+"""Named configurations: the hosts of the reference and the three sizes of the main job."""
+
+from __future__ import annotations
+
+import difflib
+
+from esper_jax.config import Config, DataConfig, HostConfig, PPOConfig, TrainingConfig
+
+HOSTS = {
+    # channels after the blocks: 8, 16, 32; 6,418 parameters
+    "cifar10": HostConfig(n_blocks=3, base_channels=8, pool_layers=3, kernel_size=3),
+    # 8 ... 128 channels, 32x32 pooled down to 1x1; 99,922 parameters
+    "cifar10_deep": HostConfig(n_blocks=5, base_channels=8, pool_layers=5, kernel_size=3),
+    # 1x1 kernels and no pooling: sees colours, not shapes; 2,986 parameters
+    "cifar10_blind": HostConfig(n_blocks=2, base_channels=32, pool_layers=0, kernel_size=1),
+    # for 8x8 images
+    "digits": HostConfig(n_blocks=2, base_channels=8, pool_layers=2, kernel_size=3),
+}
+
+PRESETS = {
+    "smoke": Config(
+        data=DataConfig(image_size=8, train_limit=2048, validation_size=256, test_limit=512),
+        training=TrainingConfig(epochs=12, batches_per_epoch=4, batch_size=64),
+        ppo=PPOConfig(anneal_rounds=2),
+        n_envs=8,
+        rounds=2,
+        report_envs=8,
+    ),
+    "quick": Config(
+        data=DataConfig(image_size=16, train_limit=10_000, validation_size=1024, test_limit=2048),
+        training=TrainingConfig(epochs=20, batches_per_epoch=12, batch_size=128),
+        ppo=PPOConfig(anneal_rounds=8),
+        n_envs=16,
+        rounds=8,
+        report_envs=16,
+    ),
+    "full": Config(
+        training=TrainingConfig(compute_dtype="bfloat16", tile_size=0),
+        ppo=PPOConfig(anneal_rounds=100, minibatches=8),
+        n_envs=256,
+        env_chunk=64,
+        rounds=100,
+        report_envs=256,
+    ),
+}
+
+
+def get(name: str) -> Config:
+    """The preset of that name. Raises ValueError naming the nearest one for an unknown name."""
+    return _lookup(PRESETS, "preset", name)
+
+
+def host(name: str) -> HostConfig:
+    """The host preset of that name. Raises ValueError naming the nearest one for an unknown name."""
+    return _lookup(HOSTS, "host", name)
+
+
+def _lookup(table: dict, kind: str, name: str):
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
+    return table[name]

@@ -1,0 +1,246 @@
+"""Enums and the structs that cross folders (Esper's Leyline).
+
+Axis letters: E environments, S slots, T epochs of an episode, K alpha configurations, D observation features.
+Every struct here describes ONE environment; a population carries a leading E axis on every leaf.
+Enum values are the reference system's. Accuracies and contributions are percentage points (0-100).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+class Stage(IntEnum):
+    """Life of a slot. DORMANT is the empty slot; 5 was retired by the reference and is never valid."""
+
+    UNKNOWN = 0
+    DORMANT = 1
+    GERMINATED = 2
+    TRAINING = 3
+    BLENDING = 4
+    HOLDING = 6
+    FOSSILIZED = 7
+    PRUNED = 8
+    EMBARGOED = 9
+    RESETTING = 10
+
+
+# Position of each stage in a one-hot vector; the retired 5 leaves no gap. Indexed by the stage value; -1 is invalid.
+STAGE_ONE_HOT_INDEX = (0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9)
+NUM_STAGES = 10
+
+
+class Op(IntEnum):
+    """What a controller can ask for, once per epoch."""
+
+    WAIT = 0
+    GERMINATE = 1
+    SET_ALPHA_TARGET = 2
+    PRUNE = 3
+    FOSSILIZE = 4
+    ADVANCE = 5
+
+
+class AlphaMode(IntEnum):
+    HOLD = 0
+    UP = 1
+    DOWN = 2
+
+
+class AlphaCurve(IntEnum):
+    LINEAR = 1
+    COSINE = 2
+    SIGMOID = 3
+
+
+class AlphaAlgorithm(IntEnum):
+    """How a seed's output is mixed into the host's features; NONE marks an empty slot."""
+
+    NONE = 0
+    ADD = 1
+    MULTIPLY = 2
+    GATE = 3
+
+
+class PanicReason(IntEnum):
+    NONE = 0
+    NON_FINITE = 1
+    LOBOTOMY = 2
+    DIVERGENCE = 3
+
+
+# Values behind the indices of the action heads.
+BLUEPRINTS = (
+    "noop", "conv_light", "attention", "norm", "depthwise", "bottleneck", "conv_small", "conv_heavy",
+    "lora", "lora_large", "mlp_small", "mlp", "flex_attention",
+)  # fmt: skip
+CNN_BLUEPRINTS = BLUEPRINTS[:8]
+STYLES = ("linear_add", "linear_multiply", "sigmoid_add", "gated_gate")
+STYLE_ALGORITHM = (AlphaAlgorithm.ADD, AlphaAlgorithm.MULTIPLY, AlphaAlgorithm.ADD, AlphaAlgorithm.GATE)
+STYLE_CURVE = (AlphaCurve.LINEAR, AlphaCurve.LINEAR, AlphaCurve.SIGMOID, AlphaCurve.LINEAR)
+TEMPO_EPOCHS = (3, 5, 8)
+ALPHA_TARGETS = (0.5, 0.7, 1.0)
+ALPHA_SPEED_EPOCHS = (0, 3, 5, 8)
+ALPHA_CURVES = (AlphaCurve.LINEAR, AlphaCurve.COSINE, AlphaCurve.SIGMOID)
+
+# Name and size of every action head but `slot`, whose size is S. The order is the reference's.
+HEADS = ("slot", "blueprint", "style", "tempo", "alpha_target", "alpha_speed", "alpha_curve", "op")
+HEAD_SIZES = {
+    "blueprint": len(BLUEPRINTS), "style": len(STYLES), "tempo": len(TEMPO_EPOCHS),
+    "alpha_target": len(ALPHA_TARGETS), "alpha_speed": len(ALPHA_SPEED_EPOCHS), "alpha_curve": len(ALPHA_CURVES),
+    "op": len(Op),
+}  # fmt: skip
+# Which heads an op reads besides `op` itself; the others are set to CANONICAL and earn no credit.
+RELEVANT_HEADS = {
+    Op.WAIT: (),
+    Op.GERMINATE: ("slot", "blueprint", "style", "tempo", "alpha_target"),
+    Op.SET_ALPHA_TARGET: ("slot", "style", "alpha_target", "alpha_speed", "alpha_curve"),
+    Op.PRUNE: ("slot", "alpha_speed", "alpha_curve"),
+    Op.FOSSILIZE: ("slot",),
+    Op.ADVANCE: ("slot",),
+}
+
+
+@struct.dataclass
+class Action:
+    """One decision: an index per head, each i32[]. `Action()` is WAIT with the canonical other heads."""
+
+    op: Array = struct.field(default_factory=lambda: jnp.int32(Op.WAIT))
+    slot: Array = struct.field(default_factory=lambda: jnp.int32(0))
+    blueprint: Array = struct.field(default_factory=lambda: jnp.int32(0))  # noop
+    style: Array = struct.field(default_factory=lambda: jnp.int32(2))  # sigmoid_add
+    tempo: Array = struct.field(default_factory=lambda: jnp.int32(1))  # 5 epochs
+    alpha_target: Array = struct.field(default_factory=lambda: jnp.int32(2))  # 1.0
+    alpha_speed: Array = struct.field(default_factory=lambda: jnp.int32(0))  # at once
+    alpha_curve: Array = struct.field(default_factory=lambda: jnp.int32(0))  # linear
+
+
+@struct.dataclass
+class Masks:
+    """What is legal now; True = allowed. `slot_by_op[op]` is the slot mask once the op is known."""
+
+    op: Array  # bool[6]
+    slot: Array  # bool[S]
+    slot_by_op: Array  # bool[6, S]
+    blueprint: Array  # bool[13]
+    style: Array  # bool[4]
+    tempo: Array  # bool[3]
+    alpha_target: Array  # bool[3]
+    alpha_speed: Array  # bool[4]
+    alpha_curve: Array  # bool[3]
+
+
+@struct.dataclass
+class AlphaState:
+    """Alpha controller of every slot."""
+
+    alpha: Array  # f32[S] in [0, 1]
+    start: Array  # f32[S] where the current ramp began
+    target: Array  # f32[S] where it ends
+    mode: Array  # i32[S] AlphaMode
+    curve: Array  # i32[S] AlphaCurve
+    steepness: Array  # f32[S] of the sigmoid curve
+    steps_total: Array  # i32[S] length of the ramp in epochs
+    steps_done: Array  # i32[S]
+
+
+@struct.dataclass
+class SeedMetrics:
+    """What has been measured about the seed in each slot. `*_valid` False = never measured."""
+
+    initial_accuracy: Array  # f32[S] first accuracy recorded after germination
+    current_accuracy: Array  # f32[S]
+    best_accuracy: Array  # f32[S]
+    stage_start_accuracy: Array  # f32[S] accuracy when the present stage was entered
+    germination_accuracy: Array  # f32[S] environment's accuracy when the seed was germinated
+    contribution: Array  # f32[S] accuracy minus the accuracy with this slot off
+    contribution_valid: Array  # bool[S]
+    contribution_velocity: Array  # f32[S] exponential mean of contribution changes
+    contribution_age: Array  # i32[S] epochs since the contribution was measured
+    interaction_sum: Array  # f32[S] sum of pair interactions this epoch
+    interaction_valid: Array  # bool[S]
+    boost_received: Array  # f32[S] largest positive pair interaction this epoch
+    gradient_norm: Array  # f32[S] of the seed, before clipping
+    gradient_ratio: Array  # f32[S] exponential mean of the seed/host ratio of per-element norms
+    gradient_health: Array  # f32[S] in [0, 1]
+    previous_gradient_health: Array  # f32[S]
+    gradient_valid: Array  # bool[S]
+    previous_gradient_valid: Array  # bool[S]
+    gradient_vanishing: Array  # bool[S]
+    gradient_exploding: Array  # bool[S]
+
+
+@struct.dataclass
+class SlotState:
+    """Lifecycle record of every slot. An empty slot has stage DORMANT and otherwise default values."""
+
+    stage: Array  # i32[S] Stage
+    previous_stage: Array  # i32[S]
+    epochs_in_stage: Array  # i32[S] accuracies recorded (or cooldown ticks) since the stage was entered
+    previous_epochs_in_stage: Array  # i32[S]
+    epochs_total: Array  # i32[S] accuracies recorded (or cooldown ticks) since germination: the seed's age
+    blueprint: Array  # i32[S] index into BLUEPRINTS, -1 = none
+    algorithm: Array  # i32[S] AlphaAlgorithm
+    ramp_curve: Array  # i32[S] AlphaCurve of the first ramp, from the germination style
+    ramp_target: Array  # f32[S] target of the first ramp
+    ramp_epochs: Array  # i32[S] length of the first ramp
+    isolate: Array  # bool[S] the seed reads stop_gradient(host features)
+    has_gate: Array  # bool[S]
+    alpha: AlphaState
+    metrics: SeedMetrics
+
+
+@struct.dataclass
+class Signals:
+    """What the tracker says about the host's training; every value is finite."""
+
+    epoch: Array  # i32[] epochs trained in this episode
+    train_loss: Array  # f32[]
+    train_accuracy: Array  # f32[]
+    val_loss: Array  # f32[] last accepted validation loss
+    val_accuracy: Array  # f32[]
+    loss_delta: Array  # f32[] previous loss minus this one; +inf on the first call of an episode
+    accuracy_delta: Array  # f32[]
+    plateau_epochs: Array  # i32[]
+    host_stabilized: Array  # bool[] latch
+    best_val_accuracy: Array  # f32[]
+    best_val_loss: Array  # f32[] minimum over the window of the tracker, not over the episode
+    loss_history: Array  # f32[5] oldest first
+    accuracy_history: Array  # f32[5]
+    history_valid: Array  # bool[5]
+    available_slots: Array  # i32[] empty slots
+
+
+@struct.dataclass
+class Observation:
+    """What a controller sees."""
+
+    features: Array  # f32[D] the encoded vector, see env.observation
+    masks: Masks
+    signals: Signals
+    slots: SlotState
+
+
+@struct.dataclass
+class Extras:
+    """What the learner needs about a decision; zeros from controllers that do not learn."""
+
+    log_prob: Array = struct.field(default_factory=lambda: jnp.float32(0))  # f32[] joint over the relevant heads
+    value: Array = struct.field(default_factory=lambda: jnp.float32(0))  # f32[]
+
+
+class Controller(NamedTuple):
+    """A controller of one environment, learned or not.
+
+    `init(key) -> carry`; `act(key, carry, observation) -> (carry, Action, Extras)`.
+    """
+
+    init: Any
+    act: Any
