@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from esper_jax.types import CNN_BLUEPRINTS
+from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS
 
 
 def _require(condition: bool, where: object, name: str, allowed: str) -> None:
@@ -126,8 +126,8 @@ class TrainingConfig:
     """gradient statistics are taken at every k-th batch of an epoch"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of convolutions and features; parameters, statistics and losses stay float32"""
-    tile_size: int = 32
-    """images that are processed together, so that they fit a CPU's cache; 0 takes the whole batch (GPU)"""
+    tile_pixels: int = 32_768
+    """images are processed together up to so many pixels, to fit a CPU's cache; 0 takes the whole batch (GPU)"""
 
     def __post_init__(self):
         _require_choices(self)
@@ -136,7 +136,7 @@ class TrainingConfig:
         _require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
         _require(self.host_weight_decay >= 0, self, "host_weight_decay", "at least 0")
         _require(self.clip_norm is None or self.clip_norm > 0, self, "clip_norm", "greater than 0 or none")
-        _require(self.tile_size >= 0, self, "tile_size", "at least 0")
+        _require(self.tile_pixels >= 0, self, "tile_pixels", "at least 0")
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,8 @@ class LifecycleConfig:
         _require(self.min_prune_age >= 0, self, "min_prune_age", "at least 0")
         _require(self.max_seeds >= 0, self, "max_seeds", "at least 0")
         _require_positive(self, "embargo_epochs")
-        usable = [name for name in self.blueprints if name in CNN_BLUEPRINTS and name != "noop"]
-        known = len(usable) > 0 and all(name in CNN_BLUEPRINTS for name in self.blueprints)
-        _require(known, self, "blueprints", f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}")
+        known = all(name in BLUEPRINTS for name in self.blueprints) and set(self.blueprints) - {"noop"}
+        _require(bool(known), self, "blueprints", f"one or more of {', '.join(BLUEPRINTS[1:])}")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ PRESETS = {
         report_envs=16,
     ),
     "full": Config(
-        training=TrainingConfig(compute_dtype="bfloat16", tile_size=0),
+        training=TrainingConfig(compute_dtype="bfloat16", tile_pixels=0),
         ppo=PPOConfig(anneal_rounds=100, minibatches=8),
         n_envs=256,
         env_chunk=64,

@@ -76,12 +76,13 @@ class PanicReason(IntEnum):
     DIVERGENCE = 3
 
 
-# Values behind the indices of the action heads.
-BLUEPRINTS = (
+# Values behind the indices of the blueprint head; `network.blueprints.register` appends to it.
+BLUEPRINTS = [
     "noop", "conv_light", "attention", "norm", "depthwise", "bottleneck", "conv_small", "conv_heavy",
     "lora", "lora_large", "mlp_small", "mlp", "flex_attention",
-)  # fmt: skip
-CNN_BLUEPRINTS = BLUEPRINTS[:8]
+]  # fmt: skip
+CNN_BLUEPRINTS = tuple(BLUEPRINTS[:8])
+# Values behind the indices of the other action heads.
 STYLES = ("linear_add", "linear_multiply", "sigmoid_add", "gated_gate")
 STYLE_ALGORITHM = (AlphaAlgorithm.ADD, AlphaAlgorithm.MULTIPLY, AlphaAlgorithm.ADD, AlphaAlgorithm.GATE)
 STYLE_CURVE = (AlphaCurve.LINEAR, AlphaCurve.LINEAR, AlphaCurve.SIGMOID, AlphaCurve.LINEAR)

@@ -1,0 +1,125 @@
+"""Running statistics that bring observations, rewards and returns to unit scale."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from esper_jax.devices import mean_over_devices
+from esper_jax.types import Array
+
+EPS = 1e-4  # added to the variance
+CLIP = 10.0  # normalised values lie in +- this
+INITIAL_COUNT = 1e-4  # weight of the initial mean 0 and variance 1
+REWARD_EPS = 1e-8  # smallest standard deviation that a reward is divided by
+VALUE_MOMENTUM = 0.99
+VALUE_WARMUP = 32  # returns seen before values are scaled
+
+
+@struct.dataclass
+class RunningStatistics:
+    """Mean and population variance of everything seen."""
+
+    mean: Array  # f32[D]
+    var: Array  # f32[D]
+    count: Array  # f32[] rows seen
+
+
+def init(size: int) -> RunningStatistics:
+    """Mean 0 and variance 1 for D = `size` features, with next to no weight."""
+    return RunningStatistics(jnp.zeros(size), jnp.ones(size), jnp.float32(INITIAL_COUNT))
+
+
+def update(
+    state: RunningStatistics, batch: Array, *, momentum: float | None = None, axis_name: str | None = None
+) -> RunningStatistics:
+    """Take in a batch f32[N, D].
+
+    Args:
+      momentum: None weighs every row ever seen alike (Chan, Golub and LeVeque, 1979); m in [0, 1) is an exponential
+        mean over batches that keeps m of the old statistics, whatever the batch's size.
+      axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
+    """
+    mean = mean_over_devices(jnp.mean(batch, axis=0), axis_name)
+    var = mean_over_devices(jnp.mean(jnp.square(batch - mean), axis=0), axis_name)
+    rows = batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    count = state.count + rows
+    keep = state.count / count if momentum is None else momentum
+    take = rows / count if momentum is None else 1 - momentum
+    delta = mean - state.mean
+    return RunningStatistics(
+        mean=state.mean + take * delta,
+        var=keep * state.var + take * var + keep * take * jnp.square(delta),
+        count=count,
+    )
+
+
+def normalise(state: RunningStatistics, x: Array) -> Array:
+    """`(x - mean) / sqrt(var + 1e-4)` clamped to +-10; f32[..., D]."""
+    return jnp.clip((x - state.mean) / jnp.sqrt(state.var + EPS), -CLIP, CLIP)
+
+
+@struct.dataclass
+class RewardStatistics:
+    """Running mean and sum of squared deviations of a stream of rewards (Welford, 1962)."""
+
+    mean: Array  # f32[]
+    m2: Array  # f32[]
+    count: Array  # i32[] integer, since a float32 stops counting at 2^24
+
+
+def reward_init() -> RewardStatistics:
+    return RewardStatistics(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+
+
+def reward_normalise(state: RewardStatistics, reward: Array) -> Array:
+    """Rewards over their running sample deviation, clamped to +-10; any shape.
+
+    The mean stays in, since it is what the agent lives on. Before two rewards were seen they are only clamped.
+    """
+    std = jnp.sqrt(state.m2 / jnp.maximum(state.count - 1, 1))
+    scaled = jnp.where(state.count < 2, reward, reward / jnp.maximum(std, REWARD_EPS))
+    return jnp.clip(scaled, -CLIP, CLIP)
+
+
+def reward_update_and_normalise(state: RewardStatistics, rewards: Array) -> tuple[RewardStatistics, Array]:
+    """Take in rewards f32[N] one after the other and normalise each by the statistics that include it.
+
+    The order is the given one and matters: environments within an epoch, then epochs.
+    """
+
+    def step(state: RewardStatistics, reward: Array) -> tuple[RewardStatistics, Array]:
+        count = state.count + 1
+        delta = reward - state.mean
+        mean = state.mean + delta / count
+        state = RewardStatistics(mean=mean, m2=state.m2 + delta * (reward - mean), count=count)
+        return state, reward_normalise(state, reward)
+
+    return jax.lax.scan(step, state, rewards)
+
+
+def value_init() -> RunningStatistics:
+    """Statistics of returns, D = (): nothing seen yet."""
+    return RunningStatistics(jnp.float32(0), jnp.float32(1), jnp.float32(0))
+
+
+def value_update(state: RunningStatistics, returns: Array, *, axis_name: str | None = None) -> RunningStatistics:
+    """Take in returns f32[N]: each weighs alike until 32 were seen, an exponential mean over batches from then on."""
+    first = update(state, returns, axis_name=axis_name)
+    later = update(state, returns, momentum=VALUE_MOMENTUM, axis_name=axis_name)
+    return jax.tree.map(lambda a, b: jnp.where(state.count < VALUE_WARMUP, a, b), first, later)
+
+
+def _value_scale(state: RunningStatistics) -> Array:
+    return jnp.where(state.count < VALUE_WARMUP, 1.0, jnp.sqrt(state.var + EPS))
+
+
+def value_normalise(state: RunningStatistics, x: Array) -> Array:
+    """Returns over their deviation, mean left in; unchanged until 32 were seen. Any shape."""
+    return x / _value_scale(state)
+
+
+def value_denormalise(state: RunningStatistics, x: Array) -> Array:
+    """Inverse of `value_normalise` under the same state."""
+    return x * _value_scale(state)

@@ -1,0 +1,136 @@
+"""Seeds of any kind in arrays of fixed shape, and their dispatch: a seed that is not there costs (almost) nothing.
+
+The parameters of a slot's seed lie in the prefix of one vector as long as the largest blueprint needs. `switch` is a
+per-environment `lax.switch` whose *batching rule* groups environments by branch: a plain vmapped switch would run every
+branch for every environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from esper_jax.network.blueprints import Blueprint
+from esper_jax.types import Array
+
+# --- packed parameters -----------------------------------------------------------------------------------------------
+
+
+def packed_size(table: dict[str, Blueprint], width: int) -> int:
+    """Length of a slot's parameter vector: that of the largest blueprint at this width."""
+    return max(blueprint.param_count(width) for blueprint in table.values())
+
+
+def pack(params: dict[str, Array], size: int) -> Array:
+    """Parameters one after the other, then zeros, `f32[size]`."""
+    flat = [jnp.ravel(leaf) for leaf in params.values()]
+    used = sum(leaf.size for leaf in flat)
+    return jnp.concatenate([*flat, jnp.zeros(size - used)])
+
+
+def unpack(blueprint: Blueprint, width: int, vector: Array) -> dict[str, Array]:
+    """Inverse of `pack`: the parameters that lie in the vector's prefix."""
+    params, start = {}, 0
+    for name, shape in blueprint.shapes(width).items():
+        size = int(np.prod(shape))
+        params[name] = vector[start : start + size].reshape(shape)
+        start += size
+    return params
+
+
+def tensor_ids(table: dict[str, Blueprint], width: int) -> np.ndarray:
+    """`i32[kinds, packed_size]`: which tensor of each blueprint an element belongs to; -1 behind the last one."""
+    ids = np.full((len(table), packed_size(table, width)), -1, np.int32)
+    for row, blueprint in enumerate(table.values()):
+        sizes = [int(np.prod(shape)) for shape in blueprint.shapes(width).values()]
+        ids[row, : sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
+    return ids
+
+
+def germinate(key: Array, table: dict[str, Blueprint], width: int, kind: Array) -> Array:
+    """A fresh vector for blueprint number `kind` (i32[]) of the table, `f32[packed_size]`."""
+    size = packed_size(table, width)
+    branches = [lambda key, b=blueprint: pack(b.init(key, width), size) for blueprint in table.values()]
+    return lax.switch(kind, branches, key)
+
+
+# --- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def _capacities(size: int) -> list[int]:
+    """Sizes a group may be padded to. The last one holds everybody, so nothing is ever dropped."""
+    return sorted({0, *(max(1, size // part) for part in (8, 4, 2)), size})
+
+
+def switch(branches: Sequence[Callable]) -> Callable:
+    """`run(index, *operands) = branches[index](*operands)`, sparse under vmap; not differentiable by itself.
+
+    One at a time it is `lax.switch`. Under vmap the elements are sorted by branch, and each branch runs once on its
+    group, padded to a capacity that a real `lax.switch` picks from the group's size; absent branches do not run.
+    Branches must return arrays of one structure, shape and dtype.
+    """
+
+    @custom_vmap
+    def run(index, *operands):
+        return lax.switch(index, branches, *operands)
+
+    @run.def_vmap
+    def rule(size, batched, index, *operands):
+        index_batched, *operand_batched = batched
+        spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
+        operands = jax.tree.map(spread, tuple(operands), tuple(operand_batched))
+        index = spread(index, index_batched)
+        order = jnp.argsort(index, stable=True)
+        counts = jnp.bincount(index, length=len(branches))
+        starts = jnp.cumsum(counts) - counts
+        capacities = _capacities(size)
+        shapes = jax.eval_shape(jax.vmap(branches[0]), *operands)
+        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def run_group(branch, count, start, capacity):
+            def body(out):
+                if capacity == 0:
+                    return out
+                lane = jnp.arange(capacity)
+                rows = order[jnp.minimum(start + lane, size - 1)]
+                result = jax.vmap(branch)(*jax.tree.map(lambda leaf: leaf[rows], operands))
+                target = jnp.where(lane < count, rows, size)  # padding lanes point outside and are dropped
+                return jax.tree.map(lambda old, new: old.at[target].set(new, mode="drop"), out, result)
+
+            return body
+
+        for branch, count, start in zip(branches, counts, starts, strict=True):
+            tier = jnp.searchsorted(jnp.array(capacities), count)
+            out = lax.switch(tier, [run_group(branch, count, start, c) for c in capacities], out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
+
+
+def differentiable_switch(forward: Sequence[Callable], backward: Sequence[Callable], fixed: int) -> Callable:
+    """`run(index, *operands)` over `forward`, whose reverse mode is a switch over `backward`.
+
+    `forward[i](*operands) -> out`; `backward[i](cotangent, *operands)` returns the cotangents of all operands but the
+    first `fixed`, which have none. Only the operands are kept for the backward pass: branches compute again what they
+    need, so no branch pays for another's residuals.
+    """
+    run_forward, run_backward = switch(forward), switch(backward)
+
+    @jax.custom_vjp
+    def run(index, *operands):
+        return run_forward(index, *operands)
+
+    def run_fwd(index, *operands):
+        return run_forward(index, *operands), (index, operands)
+
+    def run_bwd(residuals, cotangent):
+        index, operands = residuals
+        return (*[None] * (1 + fixed), *run_backward(index, cotangent, *operands))
+
+    run.defvjp(run_fwd, run_bwd)
+    return run
