@@ -138,8 +138,8 @@ def check(
 ) -> tuple[GovernorState, Verdict]:
     """Judges one validation loss (f32[]); `random_guess_loss` is ln(number of classes).
 
-    A non-finite loss or a lobotomy panics at once, a divergence after `cfg.min_panics` in a row; the first that applies in
-    this order is the reason. A loss that raised an alarm never enters the history. `detectors` replaces the rules
+    A non-finite loss or a lobotomy panics at once, a divergence after `cfg.min_panics` in a row; the first that applies
+    in this order is the reason. A loss that raised an alarm never enters the history. `detectors` replaces the rules
     behind the three names.
     """
     loss = jnp.asarray(loss, jnp.float32)

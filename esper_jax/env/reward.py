@@ -93,7 +93,10 @@ class RewardWeights:
 
 @struct.dataclass
 class RewardInputs:
-    """What the terms read. Scalars speak of the slot that the action targeted; arrays cover all slots.
+    """What the terms read.
+
+    The fields of the seeds (`SEED_FIELDS`) are `[S]` for `reward`, which judges every seed at every step and not only the
+    one that the controller happens to address; the terms themselves see one seed at a time, as scalars.
 
     Values without `_valid` are always there; a value whose flag is False may hold anything. "Before" is the state that
     the action was chosen in, "after" the state that the transition ends in (executed, ticked, trained, measured).
@@ -105,7 +108,7 @@ class RewardInputs:
 
     requested_op: Array  # i32[] Op that the controller asked for; its cost is due whatever becomes of it
     succeeded: Array  # bool[] the op was legal, passed its gate and was executed
-    # The targeted slot before the action.
+    # The slot before the action.
     has_seed: Array  # bool[] a seed is in the slot, fossils included; not in cooldown
     stage: Array  # i32[] Stage
     epochs_in_stage: Array  # i32[]
@@ -135,6 +138,7 @@ class RewardInputs:
     previous_potential: Array  # f32[] `potential` of the state that the action was chosen in
     previous_alpha: Array  # f32[S] 0 where no seed was
     previous_params: Array  # f32[S] 0 where no seed was
+    slot: Array = struct.field(default_factory=lambda: jnp.int32(0))  # i32[] the slot that the action targeted
 
     @property
     def op(self) -> Array:
@@ -162,6 +166,12 @@ class RewardInputs:
         return jnp.where(self.total_improvement_valid, self.total_improvement, 0.0)
 
 
+SEED_FIELDS = (
+    "has_seed", "stage", "epochs_in_stage", "seed_age", "contribution", "contribution_valid", "germination_accuracy",
+    "germination_accuracy_valid", "stage_improvement", "stage_improvement_valid", "interaction_sum", "interaction_valid",
+)  # fmt: skip
+
+
 @struct.dataclass
 class RewardComponents:
     """Summands of a reward, f32[] each, costs negative; a mode leaves 0 in what it does not pay."""
@@ -178,6 +188,7 @@ class RewardComponents:
     action_cost: Array
     action_shaping: Array  # includes the bonus for fossilising a contributing seed
     terminal: Array
+    death_penalty: Array = struct.field(default_factory=lambda: jnp.float32(0))  # of a rollback, see `death`
 
     @classmethod
     def zeros(cls) -> RewardComponents:
@@ -186,6 +197,11 @@ class RewardComponents:
     def total(self) -> Array:
         """f32[] the reward."""
         return sum(jax.tree.leaves(self))
+
+
+def death(penalty: float, clip: float) -> RewardComponents:
+    """The reward of a transition that the governor had to undo: `-penalty` within +-clip, and nothing else."""
+    return RewardComponents.zeros().replace(death_penalty=jnp.clip(jnp.float32(-penalty), -clip, clip))
 
 
 # Potential-based shaping (Ng, Harada and Russell, 1999).
@@ -466,19 +482,30 @@ def _shaped(inputs: RewardInputs, weights: RewardWeights, formula: str) -> Rewar
     params = effective_params(alpha, inputs.slot_params, pays, inputs.host_params, weights.base_slot_rent_ratio)
     base = _rent_base(inputs.host_params, weights)
     energy = alpha_energy(alpha, inputs.previous_alpha, inputs.previous_params, base)
-    credit = attribution(inputs, weights, formula)
+
+    def judge(seed, targeted):
+        """Terms of one seed; for a seed that the action did not target nothing took place."""
+        one = inputs.replace(**seed, succeeded=inputs.succeeded & targeted)
+        credit = attribution(one, weights, formula)
+        together = synergy(one, weights, attribution_discount(one), credit)
+        return credit, blending_warning(one), holding_warning(one, credit), together
+
+    seeds = {name: jnp.atleast_1d(getattr(inputs, name)) for name in SEED_FIELDS}
+    targeted = jnp.arange(seeds["stage"].shape[0]) == inputs.slot
+    credit, blending, holding, together = (jnp.sum(term) for term in jax.vmap(judge)(seeds, targeted))
+    target = inputs.replace(**{name: leaf[inputs.slot] for name, leaf in seeds.items()})
     return RewardComponents(
         attribution=credit,
-        blending_warning=blending_warning(inputs),
-        holding_warning=holding_warning(inputs, credit),
+        blending_warning=blending,
+        holding_warning=holding,
         shaping=_environment_shaping(inputs, weights),
-        synergy=synergy(inputs, weights, attribution_discount(inputs), credit),
+        synergy=together,
         compute_rent=compute_rent(params, inputs.host_params, weights),
         alpha_shock=alpha_shock(energy, weights),
         occupancy_rent=occupancy_rent(jnp.sum(occupied), weights),
         fossilized_rent=fossilized_rent(jnp.sum(fossils), weights),
         action_cost=action_cost(inputs.requested_op, weights),
-        action_shaping=action_shaping(inputs, weights),
+        action_shaping=action_shaping(target, weights),
         terminal=terminal_accuracy(inputs, weights),
     )
 

@@ -7,7 +7,19 @@ import jax.numpy as jnp
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import stages
-from esper_jax.types import BLUEPRINTS, HEAD_SIZES, STYLES, AlphaMode, Array, Masks, Op, SlotState, Stage
+from esper_jax.types import (
+    BLUEPRINTS,
+    HEAD_SIZES,
+    RELEVANT_HEADS,
+    STYLES,
+    Action,
+    AlphaMode,
+    Array,
+    Masks,
+    Op,
+    SlotState,
+    Stage,
+)
 
 
 def legal_slots(slots: SlotState, cfg: LifecycleConfig) -> Array:
@@ -56,3 +68,19 @@ def legal(slots: SlotState, cfg: LifecycleConfig, allowed: Array | bool = True) 
         alpha_speed=always("alpha_speed"),
         alpha_curve=always("alpha_curve"),
     )
+
+
+def permits(masks: Masks, action: Action) -> Array:
+    """bool[]: every head that the action's op reads is in range and allowed by `masks`."""
+
+    def allowed(mask, index):
+        in_range = (index >= 0) & (index < mask.shape[-1])
+        return in_range & mask[jnp.clip(index, 0, mask.shape[-1] - 1)]
+
+    op = jnp.clip(action.op, 0, len(Op) - 1)
+    permitted = allowed(masks.op, action.op)
+    for candidate, heads in RELEVANT_HEADS.items():
+        for head in heads:
+            mask = masks.slot_by_op[candidate] if head == "slot" else getattr(masks, head)
+            permitted &= (op != candidate) | allowed(mask, getattr(action, head))
+    return permitted

@@ -1,18 +1,19 @@
 """The seed modules: one table row each (part of Esper's Kasmina; formulas in slots_and_hosts 2.3).
 
 A seed reads the host's features at its slot and returns features of the same shape. No BatchNorm, no dropout, no bias in
-convolutions. `forward` works on one tile `[C, H, W, N]` (see `layers`); `apply` is the same in the public layout
-`[B, H, W, C]`. To add a module from outside, write `init(key, width) -> dict` and `forward(params, x)` and `register` it.
+convolutions. A row has a `spec`, which says how many parameters of what shape and initial range a module has at a width,
+and a `forward` on one tile `[C, H, W, N]` (see `layers`). To add a module from outside, `register` one.
 
-Initial values differ from the reference where its choice could never learn (a zero convolution before ReLU(GroupNorm)
-has zero gradient for ever) or exploded (a zero projection before a GroupNorm has a first gradient 316 times too large):
-`conv_small` starts from the default init, `bottleneck` from a zero GroupNorm scale.
+Every parameter starts uniform in a range (PyTorch's default for layers) or constant, so that all kinds of seeds are drawn
+by one random call. Initial values differ from the reference where its choice could never learn (a zero convolution before
+ReLU(GroupNorm) has zero gradient for ever) or exploded (a zero projection before a GroupNorm has a first gradient 316
+times too large): `conv_small` starts from the default init, `bottleneck` from a zero GroupNorm scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -24,52 +25,66 @@ from esper_jax.types import BLUEPRINTS, HEAD_SIZES, Array
 Params = dict[str, Array]
 
 
+class Initial(NamedTuple):
+    """Shape of a parameter and the range in which it starts."""
+
+    shape: tuple[int, ...]
+    low: float
+    high: float
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def uniform(shape: tuple[int, ...], fan_in: int) -> Initial:
+    """Uniform in +-1/sqrt(fan_in), PyTorch's default for convolutions and linear layers."""
+    bound = 1 / math.sqrt(fan_in)
+    return Initial(shape, -bound, bound)
+
+
+def constant(shape: tuple[int, ...], value: float) -> Initial:
+    return Initial(shape, value, value)
+
+
 class Blueprint(NamedTuple):
     """A kind of seed."""
 
-    init: Callable[[Array, int], Params]  # (key, width) -> parameters
+    spec: Callable[[int], dict[str, Initial]]  # width -> parameters, in the order in which they are packed
     forward: Callable[[Params, Array], Array]  # (parameters, [C, H, W, N]) -> [C, H, W, N]
+
+    def init(self, key: Array, width: int) -> Params:
+        """Fresh parameters for `width` channels, f32."""
+        spec = self.spec(width)
+        keys = jax.random.split(key, max(len(spec), 1))
+        return {
+            name: jax.random.uniform(k, p.shape, minval=p.low, maxval=p.high) if p.low < p.high else jnp.full(p.shape, p.low)
+            for k, (name, p) in zip(keys, spec.items(), strict=False)
+        }
 
     def apply(self, params: Params, x: Array) -> Array:
         """The module on features `[B, H, W, C]`."""
         return layers.from_tiles(self.forward(params, layers.to_tiles(x)[0])[None])
 
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter, in the order in which they are packed."""
-        return _shapes(self.init, width)
-
     def param_count(self, width: int) -> int:
         """Number of parameters at `width` channels."""
-        return sum(_size(shape) for shape in self.shapes(width).values())
-
-
-@cache
-def _shapes(init: Callable, width: int) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(lambda key: init(key, width), jax.random.key(0))
-    return {name: leaf.shape for name, leaf in tree.items()}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
-
-
-def _norm_params(c: int, scale: float = 1.0) -> Params:
-    return {"scale": jnp.full(c, scale), "bias": jnp.zeros(c)}
-
-
-def _noop_init(key: Array, c: int) -> Params:
-    return {}
+        return sum(p.size for p in self.spec(width).values())
 
 
 def _noop(p: Params, x: Array) -> Array:
     return x
 
 
-def _norm_init(key: Array, c: int) -> Params:
-    return {"strength": jnp.zeros(()), **_norm_params(c)}
+def _group_norm_spec(c: int, scale: float = 1.0) -> dict[str, Initial]:
+    return {"scale": constant((c,), scale), "bias": constant((c,), 0.0)}
+
+
+def _conv(size: int, c: int, o: int) -> Initial:
+    return uniform((size, size, c, o), size * size * c)
+
+
+def _norm_spec(c: int) -> dict[str, Initial]:
+    return {"strength": constant((), 0.0), **_group_norm_spec(c)}
 
 
 def _norm(p: Params, x: Array) -> Array:
@@ -77,12 +92,12 @@ def _norm(p: Params, x: Array) -> Array:
     return x + jnp.tanh(p["strength"]).astype(x.dtype) * (layers.group_norm_tile(x, p["scale"], p["bias"]) - x)
 
 
-def _attention_init(key: Array, c: int) -> Params:
+def _attention_spec(c: int) -> dict[str, Initial]:
     squeeze = max(1, c // 4)
     return {
-        "squeeze": layers.uniform_fan_in(key, (c, squeeze), c),
-        "excite": jnp.zeros((squeeze, c)),
-        "bias": jnp.full(c, 3.0),
+        "squeeze": uniform((c, squeeze), c),
+        "excite": constant((squeeze, c), 0.0),
+        "bias": constant((c,), 3.0),
     }
 
 
@@ -93,10 +108,8 @@ def _attention(p: Params, x: Array) -> Array:
     return x * gain[:, None, None, :].astype(x.dtype)
 
 
-def _depthwise_init(key: Array, c: int) -> Params:
-    depth_key, point_key = jax.random.split(key)
-    depthwise = layers.uniform_fan_in(depth_key, (3, 3, c), 9)
-    return {"depthwise": depthwise, "pointwise": layers.conv_init(point_key, 1, c, c), **_norm_params(c)}
+def _depthwise_spec(c: int) -> dict[str, Initial]:
+    return {"depthwise": uniform((3, 3, c), 9), "pointwise": _conv(1, c, c), **_group_norm_spec(c)}
 
 
 def _depthwise(p: Params, x: Array) -> Array:
@@ -105,15 +118,10 @@ def _depthwise(p: Params, x: Array) -> Array:
     return x + jax.nn.relu(layers.group_norm_tile(y, p["scale"], p["bias"]))
 
 
-def _bottleneck_init(key: Array, c: int) -> Params:
+def _bottleneck_spec(c: int) -> dict[str, Initial]:
     inner = max(8, c // 4)
-    down, conv, up = jax.random.split(key, 3)
-    return {
-        "down": layers.conv_init(down, 1, c, inner),
-        "conv": layers.conv_init(conv, 3, inner, inner),
-        "up": layers.conv_init(up, 1, inner, c),
-        **_norm_params(c, scale=0.0),
-    }
+    convolutions = {"down": _conv(1, c, inner), "conv": _conv(3, inner, inner), "up": _conv(1, inner, c)}
+    return {**convolutions, **_group_norm_spec(c, scale=0.0)}
 
 
 def _bottleneck(p: Params, x: Array) -> Array:
@@ -123,18 +131,14 @@ def _bottleneck(p: Params, x: Array) -> Array:
     return x + layers.group_norm_tile(layers.conv_tile(y, p["up"]), p["scale"], p["bias"])
 
 
-def _conv_init(size: int) -> Callable[[Array, int], Params]:
-    return lambda key, c: {"conv": layers.conv_init(key, size, c, c), **_norm_params(c)}
-
-
-def _conv(p: Params, x: Array) -> Array:
+def _residual(p: Params, x: Array) -> Array:
     """x + relu(GN(conv(x))); conv_small (1x1) has C^2 + 2C parameters, conv_light (3x3) 9C^2 + 2C."""
     return x + jax.nn.relu(layers.group_norm_tile(layers.conv_tile(x, p["conv"]), p["scale"], p["bias"]))
 
 
-def _conv_heavy_init(key: Array, c: int) -> Params:
-    first, second = (_conv_init(3)(k, c) for k in jax.random.split(key))
-    return {f"{name}_{i}": value for i, half in enumerate((first, second)) for name, value in half.items()}
+def _conv_heavy_spec(c: int) -> dict[str, Initial]:
+    half = {"conv": _conv(3, c, c), **_group_norm_spec(c)}
+    return {f"{name}_{i}": initial for i in (0, 1) for name, initial in half.items()}
 
 
 def _conv_heavy(p: Params, x: Array) -> Array:
@@ -150,14 +154,14 @@ def _conv_heavy(p: Params, x: Array) -> Array:
 # before a ReLU or a sigmoid and never learn (or, in bottleneck, adds nothing to the zero scale), and the blend is the
 # identity at alpha 0 anyway: nothing is set.
 CNN: dict[str, Blueprint] = {
-    "noop": Blueprint(_noop_init, _noop),
-    "conv_light": Blueprint(_conv_init(3), _conv),
-    "attention": Blueprint(_attention_init, _attention),
-    "norm": Blueprint(_norm_init, _norm),
-    "depthwise": Blueprint(_depthwise_init, _depthwise),
-    "bottleneck": Blueprint(_bottleneck_init, _bottleneck),
-    "conv_small": Blueprint(_conv_init(1), _conv),
-    "conv_heavy": Blueprint(_conv_heavy_init, _conv_heavy),
+    "noop": Blueprint(lambda c: {}, _noop),
+    "conv_light": Blueprint(lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual),
+    "attention": Blueprint(_attention_spec, _attention),
+    "norm": Blueprint(_norm_spec, _norm),
+    "depthwise": Blueprint(_depthwise_spec, _depthwise),
+    "bottleneck": Blueprint(_bottleneck_spec, _bottleneck),
+    "conv_small": Blueprint(lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual),
+    "conv_heavy": Blueprint(_conv_heavy_spec, _conv_heavy),
 }
 
 

@@ -28,7 +28,7 @@ class Model:
 def init(key: Array, cfg: HostConfig, *, channels: int = 3, classes: int = 10) -> Model:
     """A new host with empty slots."""
     size = lambda width: seed_bank.packed_size(blueprints.CNN, width)
-    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(slots.gate_size(w))) for w in cfg.slot_widths)
+    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(slots.gate_size(w)), w) for w in cfg.slot_widths)
     return Model(cnn.init(key, cfg, channels=channels, classes=classes), seeds)
 
 

@@ -15,10 +15,23 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from esper_jax.network import blueprints
 from esper_jax.network.blueprints import Blueprint
-from esper_jax.types import Array
+from esper_jax.types import BLUEPRINTS, Array
 
 # --- packed parameters -----------------------------------------------------------------------------------------------
+
+
+def kind_of(blueprint: Array) -> Array:
+    """i32: position in the table of CNN blueprints of an index into BLUEPRINTS; 0 (noop) for none."""
+    names = list(blueprints.CNN)
+    positions = [names.index(name) if name in names else 0 for name in BLUEPRINTS]
+    return jnp.where(blueprint < 0, 0, jnp.asarray(positions)[jnp.maximum(blueprint, 0)])
+
+
+def param_counts(table: dict[str, Blueprint], width: int) -> np.ndarray:
+    """`i32[kinds]`: parameters of each blueprint."""
+    return np.array([blueprint.param_count(width) for blueprint in table.values()], np.int32)
 
 
 def packed_size(table: dict[str, Blueprint], width: int) -> int:
@@ -36,27 +49,42 @@ def pack(params: dict[str, Array], size: int) -> Array:
 def unpack(blueprint: Blueprint, width: int, vector: Array) -> dict[str, Array]:
     """Inverse of `pack`: the parameters that lie in the vector's prefix."""
     params, start = {}, 0
-    for name, shape in blueprint.shapes(width).items():
-        size = int(np.prod(shape))
-        params[name] = vector[start : start + size].reshape(shape)
-        start += size
+    for name, initial in blueprint.spec(width).items():
+        params[name] = vector[start : start + initial.size].reshape(initial.shape)
+        start += initial.size
     return params
 
 
-def tensor_ids(table: dict[str, Blueprint], width: int) -> np.ndarray:
-    """`i32[kinds, packed_size]`: which tensor of each blueprint an element belongs to; -1 behind the last one."""
-    ids = np.full((len(table), packed_size(table, width)), -1, np.int32)
-    for row, blueprint in enumerate(table.values()):
-        sizes = [int(np.prod(shape)) for shape in blueprint.shapes(width).values()]
-        ids[row, : sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
-    return ids
+def _by_tensor(table: dict[str, Blueprint], width: int, value: Callable, fill: float) -> np.ndarray:
+    """`f32[kinds, tensors]`: a number for each parameter tensor of each blueprint, `fill` where there is none."""
+    rows = [[value(initial) for initial in blueprint.spec(width).values()] for blueprint in table.values()]
+    out = np.full((len(rows), max(map(len, rows))), fill, np.float32)
+    for k, row in enumerate(rows):
+        out[k, : len(row)] = row
+    return out
+
+
+def tensor_ids(table: dict[str, Blueprint], width: int, kind: Array) -> tuple[Array, Array]:
+    """Which tensor of blueprint number `kind` (i32[]) each element belongs to, i32[packed_size], and how many tensors any
+    blueprint has, int; an element behind the blueprint's last tensor gets that number.
+
+    Computed from the few sizes: a table with a row per kind and a column per element would be megabytes of constants.
+    """
+    sizes = _by_tensor(table, width, lambda initial: initial.size, 0)
+    ends = jnp.asarray(np.cumsum(sizes, 1), jnp.int32)[kind]
+    element = jnp.arange(packed_size(table, width))
+    number = (element[:, None] >= ends).sum(1)
+    return jnp.where(element < ends[-1], number, sizes.shape[1]), sizes.shape[1]
 
 
 def germinate(key: Array, table: dict[str, Blueprint], width: int, kind: Array) -> Array:
-    """A fresh vector for blueprint number `kind` (i32[]) of the table, `f32[packed_size]`."""
-    size = packed_size(table, width)
-    branches = [lambda key, b=blueprint: pack(b.init(key, width), size) for blueprint in table.values()]
-    return lax.switch(kind, branches, key)
+    """A fresh vector for blueprint number `kind` (i32[]) of the table, `f32[packed_size]`; one draw serves all kinds."""
+    ids, tensors = tensor_ids(table, width, kind)
+    used = ids < tensors
+    ids = jnp.minimum(ids, tensors - 1)
+    low = jnp.asarray(_by_tensor(table, width, lambda initial: initial.low, 0))[kind][ids]
+    high = jnp.asarray(_by_tensor(table, width, lambda initial: initial.high, 0))[kind][ids]
+    return jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape), 0)
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -32,13 +33,14 @@ class SeedVars:
 
     params: Array  # f32[P] packed parameters of the seed, see seed_bank
     gate: Array  # f32[G] packed parameters of the gate network
+    width: int = struct.field(pytree_node=False)  # channels of the slot
 
 
 @struct.dataclass
 class Controls:
     """How each slot acts on the features, read off the lifecycle record by `controls`."""
 
-    kind: Array  # i32[S] 0 = passes features through; k + 1 = blueprint k of the table
+    kind: Array  # i32[S] 0 = passes features through; otherwise the position in the table of blueprints
     mode: Array  # i32[S] STRAIGHT_THROUGH, ADD, MULTIPLY or GATE
     alpha: Array  # f32[S]
     isolate: Array  # bool[S]
@@ -61,7 +63,7 @@ def controls(slots: SlotState, alpha_override: Array | None = None) -> Controls:
     algorithm = jnp.where(slots.algorithm == AlphaAlgorithm.NONE, AlphaAlgorithm.ADD, slots.algorithm)
     blending = algorithm - AlphaAlgorithm.ADD + ADD
     mode = jnp.where(straight, STRAIGHT_THROUGH, blending)
-    kind = jnp.where(acts, slots.blueprint + 1, 0)
+    kind = jnp.where(acts, seed_bank.kind_of(slots.blueprint), 0)
     return Controls(kind, mode, jnp.clip(alpha, 0, 1), slots.isolate | straight)
 
 
@@ -81,15 +83,9 @@ def gate_size(width: int) -> int:
 def gate_init(key: Array, width: int) -> Array:
     """Packed parameters of a new gate network, PyTorch's default initialisation, `f32[gate_size]`."""
     hidden = gate_hidden(width)
-    k1, k2, k3, k4 = jax.random.split(key, 4)
-    return jnp.concatenate(
-        [
-            layers.uniform_fan_in(k1, (width * hidden,), width),
-            layers.uniform_fan_in(k2, (hidden,), width),
-            layers.uniform_fan_in(k3, (hidden,), hidden),
-            layers.uniform_fan_in(k4, (1,), hidden),
-        ]
-    )
+    sizes, fans = (width * hidden, hidden, hidden, 1), (width, width, hidden, hidden)
+    bounds = np.concatenate([np.full(size, fan**-0.5, np.float32) for size, fan in zip(sizes, fans, strict=True)])
+    return jnp.asarray(bounds) * jax.random.uniform(key, bounds.shape, minval=-1, maxval=1)
 
 
 def gate_value(gate: Array, x: Array) -> Array:
@@ -152,12 +148,12 @@ def _branches(blueprint):
 
 @cache
 def _slot_switch(table: tuple):
-    """The differentiable switch over "no seed" and the blueprints of a table."""
+    """The differentiable switch over "no seed" and the blueprints of a table behind its first (noop)."""
     forward = [lambda mode, alpha, isolate, params, gate, tiles: tiles]
     backward = [
         lambda g, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)
     ]
-    for blueprint in table:
+    for blueprint in table[1:]:
         one_forward, one_backward = _branches(blueprint)
         forward.append(one_forward)
         backward.append(one_backward)

@@ -1,0 +1,228 @@
+"""Controllers that learn nothing: what a learned policy has to beat.
+
+`never` trains a static host, `random` acts uniformly among what is legal, `eager` grows as much as it can, `periodic`
+grows on a fixed schedule, `script` replays a list. All have the type `Controller` and, but for a script, ask only for
+what the masks allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_jax.config import LifecycleConfig
+from esper_jax.lifecycle import stages
+from esper_jax.types import (
+    ALPHA_CURVES,
+    ALPHA_SPEED_EPOCHS,
+    ALPHA_TARGETS,
+    BLUEPRINTS,
+    HEAD_SIZES,
+    HEADS,
+    RELEVANT_HEADS,
+    STYLES,
+    TEMPO_EPOCHS,
+    Action,
+    Array,
+    Controller,
+    Extras,
+    Observation,
+    Op,
+)
+
+_RELEVANT = {head: np.array([head in RELEVANT_HEADS[op] for op in Op]) for head in HEADS if head != "op"}
+
+
+def never() -> Controller:
+    """Always WAIT: the host alone."""
+    return Controller(init=lambda key: (), act=lambda key, carry, obs: (carry, Action(), Extras()))
+
+
+def random() -> Controller:
+    """Uniform over the legal ops, then over the slots legal for the op, then over each relevant head's legal values."""
+
+    def act(key: Array, carry: tuple, obs: Observation) -> tuple[tuple, Action, Extras]:
+        keys = dict(zip(HEADS, jax.random.split(key, len(HEADS)), strict=True))
+        draw = lambda head, mask: jax.random.categorical(keys[head], jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
+        op = draw("op", obs.masks.op)
+        canonical = Action()
+        chosen = {}
+        for head, relevant in _RELEVANT.items():
+            mask = obs.masks.slot_by_op[op] if head == "slot" else getattr(obs.masks, head)
+            chosen[head] = jnp.where(jnp.asarray(relevant)[op], draw(head, mask), getattr(canonical, head))
+        return carry, Action(op=op, **chosen), Extras()
+
+    return Controller(init=lambda key: (), act=act)
+
+
+def eager(blueprint: str = "conv_heavy", *, lifecycle: LifecycleConfig = LifecycleConfig()) -> Controller:
+    """Grows everywhere at once: a seed in every empty slot, taken to fossilisation as fast as the gates allow.
+
+    One op per epoch; first what finishes a seed, then what starts one. Blends by linear ADD, fast, to alpha 1; never
+    prunes. `lifecycle` is the environment's, whose gates decide when a seed is ready.
+
+    Raises:
+      ValueError: if `blueprint` is noop or not one of `lifecycle.blueprints`.
+    """
+    germination = _germination(blueprint, lifecycle)
+
+    def act(key: Array, carry: tuple, obs: Observation) -> tuple[tuple, Action, Extras]:
+        del key
+        return carry, _nurse(obs, germination, True, lifecycle), Extras()
+
+    return Controller(init=lambda key: (), act=act)
+
+
+def periodic(
+    period: int = 6, blueprint: str = "conv_light", *, lifecycle: LifecycleConfig = LifecycleConfig()
+) -> Controller:
+    """Germinates in the first empty slot once in every block of `period` epochs, the first of which starts at epoch 1.
+
+    Seeds are nursed as by `eager`, and that comes first: a germination waits for an epoch without other work.
+
+    Raises:
+      ValueError: if `period` is less than 1, or `blueprint` noop or not one of
+        `lifecycle.blueprints`.
+    """
+    if period < 1:
+        raise ValueError(f"periodic: period = {period!r}: must be at least 1")
+    germination = _germination(blueprint, lifecycle)
+
+    def act(key: Array, last_block: Array, obs: Observation) -> tuple[Array, Action, Extras]:
+        del key
+        block = (obs.signals.epoch - 1) // period
+        action = _nurse(obs, germination, block > last_block, lifecycle)
+        return jnp.where(action.op == Op.GERMINATE, block, last_block), action, Extras()
+
+    return Controller(init=lambda key: jnp.int32(-1), act=act)
+
+
+def _germination(blueprint: str, lifecycle: LifecycleConfig) -> Action:
+    offered = [name for name in lifecycle.blueprints if name != "noop"]
+    if blueprint not in offered:
+        raise ValueError(f"blueprint = {blueprint!r}: must be one of {', '.join(offered)}")
+    return Action(
+        op=jnp.int32(Op.GERMINATE),
+        blueprint=jnp.int32(BLUEPRINTS.index(blueprint)),
+        style=jnp.int32(STYLES.index("linear_add")),
+        tempo=jnp.int32(TEMPO_EPOCHS.index(min(TEMPO_EPOCHS))),
+        alpha_target=jnp.int32(ALPHA_TARGETS.index(1.0)),
+    )
+
+
+def _nurse(obs: Observation, germination: Action, may_germinate: Array | bool, cfg: LifecycleConfig) -> Action:
+    """The first legal of: fossilise a seed, advance one, germinate; lowest slot first, no gate that will fail."""
+    masks = obs.masks
+    ready = stages.gate(obs.slots, cfg).passed
+    heads = ("blueprint", "style", "tempo", "alpha_target")
+    offered = jnp.stack([getattr(masks, head)[getattr(germination, head)] for head in heads]).all()
+    requests = (  # a later one overrides
+        (germination, masks.slot_by_op[Op.GERMINATE] & offered & may_germinate),
+        (Action(op=jnp.int32(Op.ADVANCE)), masks.slot_by_op[Op.ADVANCE] & ready),
+        (Action(op=jnp.int32(Op.FOSSILIZE)), masks.slot_by_op[Op.FOSSILIZE] & ready),
+    )
+    action = Action()
+    for request, where in requests:
+        request = request.replace(slot=jnp.argmax(where).astype(jnp.int32))
+        wanted = where.any() & masks.op[request.op]
+        action = jax.tree.map(lambda new, old, wanted=wanted: jnp.where(wanted, new, old), request, action)
+    return action
+
+
+def script(actions: Sequence[Action]) -> Controller:
+    """Replays `actions`, the first at the first decision, then waits.
+
+    Raises:
+      ValueError: if an index is out of its head's range; for the slot, once the number of slots is known.
+    """
+    for step, action in enumerate(actions):
+        for head in HEADS:
+            index, size = int(getattr(action, head)), HEAD_SIZES.get(head)
+            least = 1 if head == "blueprint" and int(action.op) == Op.GERMINATE else 0  # noop is never germinated
+            if index < least or (size is not None and index >= size):
+                allowed = f"{least} or more" if size is None else f"{least} to {size - 1}"
+                raise ValueError(f"script: step {step}: {head} = {index}: must be {allowed}")
+    table = jax.tree.map(lambda *leaves: np.array(leaves, np.int32), *actions, Action())
+
+    def act(key: Array, step: Array, obs: Observation) -> tuple[Array, Action, Extras]:
+        del key
+        _require_slots(table.slot, obs.masks.slot.shape[0])
+        return step + 1, jax.tree.map(lambda a: jnp.asarray(a)[jnp.minimum(step, len(actions))], table), Extras()
+
+    return Controller(init=lambda key: jnp.int32(0), act=act)
+
+
+def _require_slots(scripted: np.ndarray, n_slots: int) -> None:
+    for step, slot in enumerate(scripted):
+        if slot >= n_slots:
+            raise ValueError(f"script: step {step}: slot = {slot}: must be 0 to {n_slots - 1}")
+
+
+# Words of a script file for the values of each head.
+_WORDS = {
+    "blueprint": BLUEPRINTS,
+    "style": STYLES,
+    "tempo": tuple(map(str, TEMPO_EPOCHS)),
+    "alpha_target": tuple(map(str, ALPHA_TARGETS)),
+    "alpha_speed": tuple(map(str, ALPHA_SPEED_EPOCHS)),
+    "alpha_curve": tuple(curve.name.lower() for curve in ALPHA_CURVES),
+    "op": tuple(op.name.lower() for op in Op),
+}
+
+
+def parse_script(text: str) -> list[Action]:
+    """Actions from lines such as `3: germinate slot=0 blueprint=conv_light style=linear_add tempo=3`.
+
+    The number is the decision, counted from 0; decisions without a line wait. The op is followed by the fields that it
+    reads, in names or epochs: `slot` is required, for germinate `blueprint` too, the others default to those of
+    `Action()`. `#` starts a comment.
+
+    Raises:
+      ValueError: naming line, field, value and what is allowed.
+    """
+    decisions: dict[int, Action] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.partition("#")[0].strip()
+        if line:
+            decision, action = _parse_line(number, line)
+            if decision in decisions:
+                raise _script_error(number, "decision", decision, "a number that no other line has")
+            decisions[decision] = action
+    return [decisions.get(t, Action()) for t in range(max(decisions, default=-1) + 1)]
+
+
+def _script_error(line: int, field: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"script line {line}: {field} = {str(value)!r}: must be {allowed}")
+
+
+def _parse_line(number: int, line: str) -> tuple[int, Action]:
+    decision, _, rest = (part.strip() for part in line.partition(":"))
+    if not decision.isdecimal():
+        raise _script_error(number, "decision", decision, "a number from 0, followed by a colon")
+    name, *pairs = rest.split() or [""]
+    op = Op(_parse_word(number, "op", name))
+    given = {}
+    for pair in pairs:
+        head, _, word = pair.partition("=")
+        if head not in RELEVANT_HEADS[op] or head in given:
+            allowed = ", ".join(RELEVANT_HEADS[op]) or "left out"
+            raise _script_error(number, "field", head, f"{allowed} (for {name}), each at most once")
+        given[head] = _parse_word(number, head, word)
+    for head in ("slot", "blueprint"):
+        if head in RELEVANT_HEADS[op] and head not in given:
+            raise _script_error(number, head, "", f"given for {name}")
+    return int(decision), Action(op=jnp.int32(op)).replace(**{head: jnp.int32(i) for head, i in given.items()})
+
+
+def _parse_word(number: int, head: str, word: str) -> int:
+    if head == "slot":
+        if not word.isdecimal():
+            raise _script_error(number, head, word, "a slot's number from 0")
+        return int(word)
+    words = _WORDS[head]
+    if word not in words or word == "noop":
+        raise _script_error(number, head, word, f"one of {', '.join(w for w in words if w != 'noop')}")
+    return words.index(word)

@@ -1,0 +1,270 @@
+"""The learned controller (Esper's Tamiyo): a recurrent actor-critic over masked, op-first action heads.
+
+Linear -> LayerNorm -> ReLU -> LSTM -> LayerNorm, then a two-layer head for every part of an action and for V(s). The op
+is drawn first, the slot from those legal for it; a head that the op does not read is set to its canonical value
+(`types.Action()`) and carries neither log-probability nor entropy. H is the hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Array, Controller, Extras, Masks, Observation, Op
+
+ILLEGAL_LOGIT = -1e4  # finite, so that a row without a legal choice yields numbers and not NaN
+FORGET_BIAS = 2.0  # one bias vector; the reference has two with 1.0 each
+NORM_EPS = 1e-5
+# RELEVANCE[op, i]: op reads head HEADS[i]; every op reads the op head.
+RELEVANCE = np.array([[head == "op" or head in RELEVANT_HEADS[op] for head in HEADS] for op in Op])
+
+
+class Carry(NamedTuple):
+    """State of the LSTM."""
+
+    cell: Array  # f32[H]
+    hidden: Array  # f32[H]
+
+
+@struct.dataclass
+class PolicyOutput:
+    """What the network says about one observation."""
+
+    logits: dict[str, Array]  # head -> f32[choices], unmasked
+    value: Array  # f32[] V(s)
+
+
+@struct.dataclass
+class Evaluation:
+    """How likely a decision was, per head in the order of `types.HEADS`; zeros where the op does not read the head."""
+
+    head_log_prob: Array  # f32[8]
+    head_entropy: Array  # f32[8] in [0, 1]
+    relevant: Array  # bool[8]
+
+    @property
+    def log_prob(self) -> Array:
+        """Joint log-probability of the relevant heads; f32[]."""
+        return jnp.sum(self.head_log_prob, axis=-1)
+
+    @property
+    def entropy(self) -> Array:
+        """Normalised entropy averaged over the relevant heads; f32[] in [0, 1]."""
+        return jnp.sum(self.head_entropy, axis=-1) / jnp.sum(self.relevant, axis=-1)
+
+
+def _forget_bias(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Zeros but for the forget gate, the second of i, f, g, o."""
+    del key
+    return jnp.zeros(shape, dtype).at[shape[0] // 4 : shape[0] // 2].set(FORGET_BIAS)
+
+
+def _orthogonal_blocks(gain: float, blocks: int) -> Callable[..., Array]:
+    """Initialiser of so many matrices side by side, each orthogonal by itself."""
+
+    def init(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+        one = nn.initializers.orthogonal(gain)
+        each = jax.vmap(lambda k: one(k, (shape[0], shape[1] // blocks), dtype))(jax.random.split(key, blocks))
+        return jnp.concatenate(each, axis=1)
+
+    return init
+
+
+def _dense(size: int, gain: float = np.sqrt(2)) -> nn.Dense:
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain))
+
+
+class _Network(nn.Module):
+    """Cut before and after the recurrence, so that only the recurrence itself is scanned over time."""
+
+    n_slots: int
+    hidden: int
+
+    def setup(self):
+        self.encoder = _dense(self.hidden)
+        self.encoder_norm = nn.LayerNorm(epsilon=NORM_EPS)
+        self.gates = nn.Dense(4 * self.hidden, kernel_init=nn.initializers.orthogonal(), bias_init=_forget_bias)
+        self.recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden))
+        self.output_norm = nn.LayerNorm(epsilon=NORM_EPS)
+        sizes = HEAD_SIZES | {"slot": self.n_slots}
+        # The hidden layers of all heads are one matrix product: the same network, with fewer and larger pieces.
+        heads = len(HEADS) + 1
+        self.head_hidden = nn.Dense(heads * (self.hidden // 2), kernel_init=_orthogonal_blocks(np.sqrt(2), heads))
+        self.head_output = {head: _dense(sizes[head], 0.01) for head in HEADS}
+        self.value_output = _dense(1, 1.0)
+
+    def encode(self, features: Array) -> Array:
+        """f32[..., D] -> what the input adds to the four gates, f32[..., 4H]."""
+        return self.gates(nn.relu(self.encoder_norm(self.encoder(features))))
+
+    def recur(self, carry: Carry, gates: Array) -> tuple[Carry, Array]:
+        """One LSTM step from f32[4H]; gates in the order i, f, g, o."""
+        i, f, g, o = jnp.split(gates + carry.hidden @ self.recurrent, 4, axis=-1)
+        cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
+        hidden = nn.sigmoid(o) * jnp.tanh(cell)
+        return Carry(cell, hidden), hidden
+
+    def decode(self, hidden: Array) -> PolicyOutput:
+        """f32[..., H] -> logits and values with the same leading axes."""
+        z = nn.relu(self.head_hidden(self.output_norm(hidden)))
+        *actors, critic = jnp.split(z, len(HEADS) + 1, axis=-1)
+        logits = {head: self.head_output[head](part) for head, part in zip(HEADS, actors, strict=True)}
+        return PolicyOutput(logits, self.value_output(critic)[..., 0])
+
+    def __call__(self, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
+        carry, hidden = self.recur(carry, self.encode(features))
+        return carry, self.decode(hidden)
+
+
+def _network(params: dict) -> _Network:
+    """The module whose parameters these are; its sizes are those of the arrays."""
+    inner = params["params"]
+    return _Network(n_slots=inner["head_output_slot"]["bias"].shape[-1], hidden=hidden_size(params))
+
+
+def hidden_size(params: dict) -> int:
+    """H of these parameters."""
+    return params["params"]["recurrent"].shape[-2]
+
+
+def init(key: Array, n_features: int, n_slots: int, hidden: int) -> dict:
+    """Fresh parameters for D = `n_features` and S = `n_slots`.
+
+    Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, whose
+    first policy is therefore almost uniform. Biases are 0, that of the forget gate 2.
+    """
+    return _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
+
+
+def initial_carry(hidden: int) -> Carry:
+    """The state an episode begins with: zeros f32[H]."""
+    return Carry(jnp.zeros(hidden), jnp.zeros(hidden))
+
+
+def reset_carry(carry: Carry, reset: Array) -> Carry:
+    """The initial state where `reset` (bool[]), else the carry."""
+    return jax.tree.map(lambda x: jnp.where(reset, 0.0, x), carry)
+
+
+def step(params: dict, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
+    """One decision's worth of network: features f32[D], normalised."""
+    return _network(params).apply(params, carry, features)
+
+
+def unroll(
+    params: dict, carry: Carry, features: Array, resets: Array, valid: Array | None = None
+) -> tuple[dict[str, Array], Array]:
+    """The network along a sequence.
+
+    Args:
+      carry: state before the first row.
+      features: f32[T, D].
+      resets: bool[T], the state returns to zero *before* row t: transition t - 1 was terminal.
+      valid: bool[T], rows at which the controller acted; the others leave the state as it is. None means all.
+
+    Returns:
+      logits f32[T, choices] per head, and values f32[T].
+    """
+    network = _network(params)
+    valid = jnp.ones_like(resets) if valid is None else valid
+
+    def body(carry: Carry, row: tuple[Array, Array, Array]) -> tuple[Carry, Array]:
+        gates, reset, acted = row
+        carry = reset_carry(carry, reset)
+        after, hidden = network.apply(params, carry, gates, method="recur")
+        return jax.tree.map(lambda new, old: jnp.where(acted, new, old), after, carry), hidden
+
+    gates = network.apply(params, features, method="encode")
+    _, hidden = jax.lax.scan(body, carry, (gates, resets, valid))
+    out = network.apply(params, hidden, method="decode")
+    return out.logits, out.value
+
+
+def _masked(logits: Array, mask: Array) -> Array:
+    return jnp.where(mask, logits.astype(jnp.float32), ILLEGAL_LOGIT)
+
+
+def _head_mask(masks: Masks, head: str, op: Array) -> Array:
+    return masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
+
+
+def masked_entropy(logits: Array, mask: Array) -> Array:
+    """Entropy of a masked categorical over the log of the number of legal choices; f32[] in [0, 1].
+
+    Exactly 0 when fewer than two choices are legal.
+    """
+    log_p = jax.nn.log_softmax(_masked(logits, mask))
+    entropy = -jnp.sum(jnp.where(mask, jnp.exp(log_p) * log_p, 0.0))
+    legal = jnp.sum(mask)
+    return jnp.where(legal > 1, entropy / jnp.log(jnp.maximum(legal, 2)), 0.0)
+
+
+def sample(
+    key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: bool = False
+) -> tuple[Action, Array]:
+    """Draw a decision: op, then slot given op, then the other heads.
+
+    `deterministic` takes every head's likeliest legal choice (the first of equals) and leaves the key unused.
+
+    Returns:
+      the action, its irrelevant heads canonical, and the joint log-probability f32[] of the relevant ones.
+    """
+    # Gumbel-max: one draw for all heads, of which each takes its own part.
+    sizes = [logits[head].shape[-1] for head in HEADS]
+    noise = jnp.zeros(sum(sizes)) if deterministic else jax.random.gumbel(key, (sum(sizes),))
+    noise = dict(zip(HEADS, jnp.split(noise, np.cumsum(sizes)[:-1]), strict=True))
+
+    def pick(head: str, mask: Array) -> Array:
+        return jnp.argmax(_masked(logits[head], mask) + noise[head]).astype(jnp.int32)
+
+    op = pick("op", masks.op)
+    canonical = Action()
+    relevant = jnp.asarray(RELEVANCE)[op]
+    others = {
+        head: jnp.where(relevant[i], pick(head, _head_mask(masks, head, op)), getattr(canonical, head))
+        for i, head in enumerate(HEADS)
+        if head != "op"
+    }
+    action = Action(op=op, **others)
+    return action, evaluate(logits, masks, action).log_prob
+
+
+def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluation:
+    """Log-probabilities and normalised entropies of one decision under these logits; the inverse of `sample`."""
+    relevant = jnp.asarray(RELEVANCE)[action.op]
+
+    def per_head(head: str) -> tuple[Array, Array]:
+        mask = _head_mask(masks, head, action.op)
+        log_p = jax.nn.log_softmax(_masked(logits[head], mask))
+        return log_p[getattr(action, head)], masked_entropy(logits[head], mask)
+
+    log_probs, entropies = (jnp.stack(parts) for parts in zip(*map(per_head, HEADS), strict=True))
+    return Evaluation(jnp.where(relevant, log_probs, 0.0), jnp.where(relevant, entropies, 0.0), relevant)
+
+
+def make_controller(
+    params: dict, normalise: Callable[[Array], Array], *, deterministic: bool = False
+) -> Controller:
+    """The policy as a controller; its carry is the LSTM state, to be reset (`reset_carry`) after a terminal step.
+
+    Args:
+      normalise: f32[D] -> f32[D]; what it returns is what a learner must store as the features acted on.
+      deterministic: take the likeliest action instead of drawing one.
+    """
+
+    def start(key: Array) -> Carry:
+        del key
+        return initial_carry(hidden_size(params))
+
+    def act(key: Array, carry: Carry, observation: Observation) -> tuple[Carry, Action, Extras]:
+        carry, out = step(params, carry, normalise(observation.features))
+        action, log_prob = sample(key, out.logits, observation.masks, deterministic=deterministic)
+        return carry, action, Extras(log_prob=log_prob, value=out.value)
+
+    return Controller(init=start, act=act)

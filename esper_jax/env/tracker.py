@@ -1,0 +1,199 @@
+"""Follows the host's validation: deltas, plateau, stabilisation, short histories (Esper's Tamiyo signal tracker)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from esper_jax.config import TrackerConfig
+from esper_jax.lifecycle import stages
+from esper_jax.types import Array, Signals, SlotState
+
+HISTORY = 5  # entries of the histories in Signals
+MIN_LOSS = 1e-8  # a relative change of a smaller loss says nothing
+
+
+@struct.dataclass
+class TrackerState:
+    """Windows and counters; W is `cfg.history_window`. Only accepted epochs (`update`) are in here."""
+
+    loss_window: Array  # f32[W] oldest first, right-aligned; entries before the last `count` are 0 and mean nothing
+    accuracy_window: Array  # f32[W]
+    count: Array  # i32[] entries held
+    plateau_epochs: Array  # i32[] epochs in a row without a gain over the previous one
+    stable_epochs: Array  # i32[] epochs in a row with little relative change of the loss
+    stabilized: Array  # bool[] latch
+    latest: Signals  # of the last accepted epoch; before the first one only its epoch, slots and flags mean anything
+
+
+def init(cfg: TrackerConfig) -> TrackerState:
+    """A tracker that has seen nothing; latched from the start if `cfg.stabilization_epochs` is 0."""
+    zero, none, stabilized = jnp.float32(0), jnp.int32(0), jnp.bool_(cfg.stabilization_epochs == 0)
+    latest = Signals(
+        epoch=none,
+        train_loss=zero,
+        train_accuracy=zero,
+        val_loss=zero,
+        val_accuracy=zero,
+        loss_delta=jnp.float32(jnp.inf),
+        accuracy_delta=zero,
+        plateau_epochs=none,
+        host_stabilized=stabilized,
+        best_val_accuracy=zero,
+        best_val_loss=zero,
+        loss_history=jnp.zeros(HISTORY),
+        accuracy_history=jnp.zeros(HISTORY),
+        history_valid=jnp.zeros(HISTORY, bool),
+        available_slots=none,
+    )
+    window = jnp.zeros(cfg.history_window)
+    return TrackerState(window, window, none, none, none, stabilized, latest)
+
+
+def update(
+    state: TrackerState,
+    *,
+    cfg: TrackerConfig,
+    epoch: Array,
+    train_loss: Array,
+    train_accuracy: Array,
+    val_loss: Array,
+    val_accuracy: Array,
+    available_slots: Array,
+) -> tuple[TrackerState, Signals]:
+    """Takes in one epoch (all f32[] but `epoch` and `available_slots`, i32[]; accuracies in percentage points).
+
+    With a non-finite validation the tracker stays as it is, and the signals repeat the last accepted values under the
+    given `epoch` and `available_slots`. A non-finite training value alone is replaced by the last accepted one.
+    """
+    accepted = jnp.isfinite(val_loss) & jnp.isfinite(val_accuracy)
+    loss, accuracy = _or_latest(state, val_loss, val_accuracy)
+    loss_delta, accuracy_delta = _deltas(state, loss, accuracy)
+
+    plateau = jnp.where(accuracy_delta < cfg.plateau_threshold, state.plateau_epochs + 1, 0)
+    comparable = (state.count > 0) & (state.latest.val_loss > MIN_LOSS) & ~state.stabilized
+    change = loss_delta / jnp.where(comparable, state.latest.val_loss, 1)
+    stable = (-cfg.regression_threshold < change) & (change < cfg.stabilization_threshold)
+    stable_epochs = jnp.where(comparable, jnp.where(stable, state.stable_epochs + 1, 0), state.stable_epochs)
+    stabilized = state.stabilized | (comparable & stable & (stable_epochs >= cfg.stabilization_epochs))
+
+    after = state.replace(
+        loss_window=jnp.append(state.loss_window[1:], loss),
+        accuracy_window=jnp.append(state.accuracy_window[1:], accuracy),
+        count=jnp.minimum(state.count + 1, cfg.history_window),
+        plateau_epochs=plateau,
+        stable_epochs=stable_epochs,
+        stabilized=stabilized,
+    )
+    signals = Signals(
+        epoch=jnp.asarray(epoch, jnp.int32),
+        train_loss=_finite_or(train_loss, state.latest.train_loss),
+        train_accuracy=_finite_or(train_accuracy, state.latest.train_accuracy),
+        val_loss=loss,
+        val_accuracy=accuracy,
+        loss_delta=loss_delta,
+        accuracy_delta=accuracy_delta,
+        plateau_epochs=plateau,
+        host_stabilized=stabilized,
+        best_val_accuracy=jnp.maximum(state.latest.best_val_accuracy, accuracy),
+        best_val_loss=_window_minimum(after),
+        available_slots=jnp.asarray(available_slots, jnp.int32),
+        **_histories(after),
+    )
+    after = after.replace(latest=signals)
+    after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
+    return after, after.latest.replace(epoch=signals.epoch, available_slots=signals.available_slots)
+
+
+def peek(
+    state: TrackerState,
+    *,
+    epoch: Array,
+    train_loss: Array,
+    train_accuracy: Array,
+    val_loss: Array,
+    val_accuracy: Array,
+    available_slots: Array,
+) -> Signals:
+    """Signals for values that the tracker does not take in: counters and histories are the stored ones.
+
+    Right after an `update` with the same values both deltas are 0. A non-finite value is replaced by the last accepted
+    one.
+    """
+    loss, accuracy = _or_latest(state, val_loss, val_accuracy)
+    loss_delta, accuracy_delta = _deltas(state, loss, accuracy)
+    return Signals(
+        epoch=jnp.asarray(epoch, jnp.int32),
+        train_loss=_finite_or(train_loss, state.latest.train_loss),
+        train_accuracy=_finite_or(train_accuracy, state.latest.train_accuracy),
+        val_loss=loss,
+        val_accuracy=accuracy,
+        loss_delta=loss_delta,
+        accuracy_delta=accuracy_delta,
+        plateau_epochs=state.plateau_epochs,
+        host_stabilized=state.stabilized,
+        best_val_accuracy=jnp.maximum(state.latest.best_val_accuracy, accuracy),
+        best_val_loss=jnp.where(state.count > 0, jnp.minimum(_window_minimum(state), loss), loss),
+        available_slots=jnp.asarray(available_slots, jnp.int32),
+        **_histories(state),
+    )
+
+
+@struct.dataclass
+class SeedSummary:
+    """One seed that stands for all of an environment; all 0 without seeds."""
+
+    stage: Array  # i32[] Stage
+    epochs_in_stage: Array  # i32[]
+    alpha: Array  # f32[]
+    improvement: Array  # f32[] percentage points gained since the stage was entered
+
+
+def summary_seed(slots: SlotState) -> SeedSummary:
+    """The seed of the highest stage; ties go to the higher alpha, the lower contribution, the later slot.
+
+    A contribution that was never measured ranks last.
+    """
+    m = slots.metrics
+    chosen = stages.is_active(slots.stage)
+    present = chosen.any()
+    harm = jnp.where(m.contribution_valid, -m.contribution, -jnp.inf)
+    for key in (slots.stage.astype(jnp.float32), slots.alpha.alpha, harm):
+        chosen &= key == jnp.max(jnp.where(chosen, key, -jnp.inf))
+    last = chosen.shape[0] - 1 - jnp.argmax(chosen[::-1])
+    pick = lambda values: jnp.where(present, values[last], 0)
+    return SeedSummary(
+        stage=pick(slots.stage),
+        epochs_in_stage=pick(slots.epochs_in_stage),
+        alpha=pick(slots.alpha.alpha),
+        improvement=pick(stages.improvement_in_stage(slots)),
+    )
+
+
+def _finite_or(value: Array, otherwise: Array) -> Array:
+    value = jnp.asarray(value, jnp.float32)
+    return jnp.where(jnp.isfinite(value), value, otherwise)
+
+
+def _or_latest(state: TrackerState, loss: Array, accuracy: Array) -> tuple[Array, Array]:
+    return _finite_or(loss, state.latest.val_loss), _finite_or(accuracy, state.latest.val_accuracy)
+
+
+def _deltas(state: TrackerState, loss: Array, accuracy: Array) -> tuple[Array, Array]:
+    """Gains over the last accepted epoch; before there is one, infinite in loss and the accuracy itself."""
+    loss_delta = jnp.where(state.count > 0, state.latest.val_loss - loss, jnp.inf)
+    return loss_delta, accuracy - state.latest.val_accuracy
+
+
+def _window_minimum(state: TrackerState) -> Array:
+    held = jnp.arange(state.loss_window.shape[0]) >= state.loss_window.shape[0] - state.count
+    return jnp.min(jnp.where(held, state.loss_window, jnp.inf))
+
+
+def _histories(state: TrackerState) -> dict[str, Array]:
+    return dict(
+        loss_history=state.loss_window[-HISTORY:],
+        accuracy_history=state.accuracy_window[-HISTORY:],
+        history_valid=jnp.arange(HISTORY) >= HISTORY - state.count,
+    )

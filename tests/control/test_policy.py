@@ -1,0 +1,243 @@
+"""The recurrent policy: network, masked heads, sampling order."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esper_jax.control import policy
+from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Masks, Observation, Op
+
+D, S, H, T = 7, 3, 8, 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Every parameter away from its special initial value, so that each one matters."""
+    fresh = jax.jit(policy.init, static_argnums=(1, 2, 3))(jax.random.key(0), D, S, H)
+    leaves, tree = jax.tree.flatten(fresh)
+    rng = np.random.default_rng(0)
+    return tree.unflatten([x + rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves])
+
+
+def random_logits(rng, scale=1.0):
+    sizes = HEAD_SIZES | {"slot": S}
+    return {head: jnp.asarray(rng.normal(0, scale, size), jnp.float32) for head, size in sizes.items()}
+
+
+def all_legal():
+    heads = {head: jnp.ones(size, bool) for head, size in HEAD_SIZES.items()}
+    return Masks(**heads, slot=jnp.ones(S, bool), slot_by_op=jnp.ones((len(Op), S), bool))
+
+
+def forward_in_numpy(params, features):
+    """The network written out once more, row by row; returns logits and values."""
+    p = jax.tree.map(np.float64, params["params"])
+    dense = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]
+    relu = lambda x: np.maximum(x, 0)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+
+    def norm(x, name):
+        scaled = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+        return scaled * p[name]["scale"] + p[name]["bias"]
+
+    cell, hidden, out = np.zeros(H), np.zeros(H), []
+    for x in features:
+        gates = dense(relu(norm(dense(x, "encoder"), "encoder_norm")), "gates") + hidden @ p["recurrent"]
+        i, f, g, o = np.split(gates, 4)
+        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+        hidden = sigmoid(o) * np.tanh(cell)
+        parts = np.split(relu(dense(norm(hidden, "output_norm"), "head_hidden")), 9)
+        logits = {head: dense(parts[i], f"head_output_{head}") for i, head in enumerate(HEADS)}
+        out.append((logits, dense(parts[8], "value_output")[0]))
+    return {head: np.stack([row[0][head] for row in out]) for head in HEADS}, np.array([row[1] for row in out])
+
+
+def test_sizes_are_those_of_the_reference():
+    # The reference has 128 D + 209640 with 3 slots and two LSTM biases of 4 * 128 where one does: 209128.
+    shapes = jax.eval_shape(lambda key: policy.init(key, 218, 3, 128), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 128 * 218 + 209128
+
+
+def test_initialisation():
+    p = jax.jit(policy.init, static_argnums=(1, 2, 3))(jax.random.key(1), D, S, H)["params"]
+
+    def singular_values(kernel, expected):
+        np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), expected, rtol=1e-5)
+
+    singular_values(p["encoder"]["kernel"], np.sqrt(2))
+    singular_values(p["gates"]["kernel"], 1)
+    singular_values(p["recurrent"], 1)
+    for block in np.split(p["head_hidden"]["kernel"], 9, axis=1):
+        singular_values(block, np.sqrt(2))
+    for head in HEADS:
+        singular_values(p[f"head_output_{head}"]["kernel"], 0.01)
+    singular_values(p["value_output"]["kernel"], 1)
+    # Gates i, f, g, o; the forget gate is the second.
+    np.testing.assert_array_equal(p["gates"]["bias"], np.repeat([0, 2, 0, 0], H))
+    for name in ("encoder", "head_hidden", "value_output", *(f"head_output_{head}" for head in HEADS)):
+        assert not p[name]["bias"].any()
+
+
+def test_network_against_numpy(params):
+    features = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
+    resets = jnp.zeros(T, bool)
+    logits, values = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, resets)
+    expected_logits, expected_values = forward_in_numpy(params, features)
+    chex.assert_trees_all_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values, expected_values, rtol=1e-4, atol=1e-5)
+
+
+def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
+    features = np.random.default_rng(2).normal(size=(T, D)).astype(np.float32)
+    resets = np.array([False, False, True, False, False, True])
+    start = policy.Carry(jnp.full(H, 0.5), jnp.full(H, -0.2))  # as left by earlier rows
+    logits, values = jax.jit(policy.unroll)(params, start, features, resets)
+    step, carry, outputs = jax.jit(policy.step), start, []
+    for x, reset in zip(features, resets, strict=True):
+        carry, out = step(params, policy.initial_carry(H) if reset else carry, x)
+        outputs.append(out)
+    rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    chex.assert_trees_all_close(logits, rows.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values, rows.value, rtol=1e-5, atol=1e-6)
+    # What came before a reset is forgotten, what came before a row without one is not.
+    other, _ = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, resets)
+    assert np.abs(other["op"][:2] - logits["op"][:2]).max() > 1e-3
+    np.testing.assert_array_equal(other["op"][2:], logits["op"][2:])
+
+
+def test_rows_without_a_decision_leave_the_state(params):
+    features = np.random.default_rng(3).normal(size=(T, D)).astype(np.float32)
+    valid = np.array([False, True, True, False, True, True])
+    _, values = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, np.zeros(T, bool), valid)
+    _, expected = jax.jit(policy.unroll)(params, policy.initial_carry(H), features[valid], np.zeros(4, bool))
+    np.testing.assert_allclose(values[valid], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_log_prob_and_entropy_of_the_worked_example():
+    # Logits (1, 2, 3), the second illegal: p = (e, e^3) / (e + e^3) = (.119203, .880797);
+    # entropy .365334, over ln 2: .527065.
+    logits, mask = jnp.array([1.0, 2.0, 3.0]), jnp.array([True, False, True])
+    np.testing.assert_allclose(policy.masked_entropy(logits, mask), 0.527065, atol=1e-6)
+    masks = all_legal().replace(slot_by_op=jnp.tile(mask, (len(Op), 1)))
+    out = dict(random_logits(np.random.default_rng(0)), slot=logits)
+    for slot, p in ((0, 0.119203), (1, 0.0), (2, 0.880797)):
+        got = policy.evaluate(out, masks, Action(op=jnp.int32(Op.ADVANCE), slot=jnp.int32(slot)))
+        np.testing.assert_allclose(np.exp(got.head_log_prob[HEADS.index("slot")]), p, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask, expected", [((1, 1, 0, 1), 1.0), ((0, 1, 0, 0), 0.0), ((0, 0, 0, 0), 0.0)], ids=["uniform", "one", "none"]
+)
+def test_entropy_at_its_limits(mask, expected):
+    mask = jnp.array(mask, bool)
+    value, grad = jax.value_and_grad(policy.masked_entropy)(jnp.full(4, 3.0), mask)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    assert np.isfinite(grad).all()
+    if expected == 0:
+        assert value == 0
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """4096 decisions from the same logits and masks, WAIT and every other op legal on one or two slots each."""
+    logits = random_logits(np.random.default_rng(5), 0.5)
+    by_op = jnp.array([[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 0, 0]], bool)
+    masks = all_legal().replace(
+        slot_by_op=by_op, blueprint=jnp.arange(13) % 3 == 1, tempo=jnp.array([True, False, True])
+    )
+    keys = jax.random.split(jax.random.key(6), 4096)
+    actions, log_probs = jax.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
+    return logits, masks, actions, log_probs
+
+
+def test_only_legal_choices_are_drawn_and_the_rest_is_canonical(draws):
+    _, masks, actions, _ = draws
+    canonical = Action()
+    assert set(np.unique(actions.op)) == set(range(len(Op)))
+    for op in Op:
+        chosen = np.asarray(actions.op) == op
+        for head in HEADS[:-1]:
+            values = np.unique(np.asarray(getattr(actions, head))[chosen])
+            if head in RELEVANT_HEADS[op]:
+                mask = masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
+                # Every legal choice turns up, and nothing else.
+                np.testing.assert_array_equal(values, np.flatnonzero(mask), err_msg=f"{op.name} {head}")
+            else:
+                np.testing.assert_array_equal(values, [getattr(canonical, head)], err_msg=f"{op.name} {head}")
+
+
+def test_draws_follow_the_probabilities(draws):
+    logits, masks, actions, _ = draws
+    p_op = np.asarray(jax.nn.softmax(logits["op"]))
+    # Five standard deviations of a share of 4096 draws are at most 5 * sqrt(.25 / 4096) = .039.
+    np.testing.assert_allclose(np.bincount(actions.op, minlength=6) / 4096, p_op, atol=0.039)
+    germinated = np.asarray(actions.op) == Op.GERMINATE
+    legal = np.flatnonzero(masks.blueprint)
+    p = np.exp(np.asarray(logits["blueprint"])[legal])
+    share = np.bincount(np.asarray(actions.blueprint)[germinated], minlength=13)[legal] / germinated.sum()
+    np.testing.assert_allclose(share, p / p.sum(), atol=2.5 / np.sqrt(germinated.sum()))
+
+
+def test_log_prob_is_the_sum_over_relevant_heads(draws):
+    logits, masks, actions, log_probs = draws
+    got = jax.jit(jax.vmap(policy.evaluate, in_axes=(None, None, 0)))(logits, masks, actions)
+    np.testing.assert_allclose(got.log_prob, log_probs, rtol=1e-6)
+    for op in Op:
+        chosen = np.flatnonzero(np.asarray(actions.op) == op)
+        relevant = np.array([head in (*RELEVANT_HEADS[op], "op") for head in HEADS])
+        np.testing.assert_array_equal(got.relevant[chosen], np.tile(relevant, (len(chosen), 1)))
+        assert not got.head_log_prob[chosen][:, ~relevant].any()
+        assert not got.head_entropy[chosen][:, ~relevant].any()
+        total = np.zeros(len(chosen))
+        for head in np.array(HEADS)[relevant]:
+            mask = masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
+            p = np.where(mask, np.exp(logits[head]), 0)
+            total += np.log(p / p.sum())[np.asarray(getattr(actions, head))[chosen]]
+        np.testing.assert_allclose(got.log_prob[chosen], total, rtol=1e-4, atol=1e-5)
+    # WAIT reads the op head alone, so its entropy is that head's; it is not thinned out by the seven others.
+    wait = np.flatnonzero(np.asarray(actions.op) == Op.WAIT)[0]
+    np.testing.assert_allclose(
+        got.entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6
+    )
+
+
+def test_deterministic_takes_the_first_of_the_likeliest_legal_choices():
+    logits = {head: jnp.zeros_like(x) for head, x in random_logits(np.random.default_rng(0)).items()}
+    logits["op"] = jnp.array([0.0, 2.0, 1.0, 3.0, 0.0, 2.0])  # PRUNE is likeliest, but illegal
+    masks = all_legal().replace(op=jnp.array([1, 1, 1, 0, 1, 1], bool), blueprint=jnp.arange(13) >= 4)
+    for seed in range(3):
+        action, _ = policy.sample(jax.random.key(seed), logits, masks, deterministic=True)
+        assert action.op == Op.GERMINATE and action.blueprint == 4 and action.slot == 0
+
+
+def test_a_row_without_any_legal_choice_stays_finite():
+    logits = random_logits(np.random.default_rng(8))
+    masks = jax.tree.map(jnp.zeros_like, all_legal())
+    action = Action(op=jnp.int32(Op.GERMINATE))
+
+    def total(logits):
+        out = policy.evaluate(logits, masks, action)
+        return out.log_prob + out.entropy
+
+    value, grads = jax.value_and_grad(total)(logits)
+    chex.assert_tree_all_finite((value, grads))
+
+
+def test_controller(params):
+    controller = policy.make_controller(params, lambda features: features / 2)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(4, D)), jnp.float32)
+    masks = jax.tree.map(lambda m: jnp.broadcast_to(m, (4, *m.shape)), all_legal())
+    carry = jax.vmap(controller.init)(jax.random.split(jax.random.key(0), 4))
+    keys = jax.random.split(jax.random.key(1), 4)
+    carry, action, extras = jax.jit(jax.vmap(controller.act))(keys, carry, Observation(x, masks, None, None))
+    expected_carry, out = jax.vmap(policy.step, in_axes=(None, 0, 0))(
+        params, policy.Carry(jnp.zeros((4, H)), jnp.zeros((4, H))), x / 2
+    )
+    chex.assert_trees_all_close(carry, expected_carry, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(extras.value, out.value, rtol=1e-5, atol=1e-6)
+    expected = jax.vmap(policy.evaluate)(out.logits, masks, action).log_prob
+    np.testing.assert_allclose(extras.log_prob, expected, rtol=1e-5)
+    chex.assert_tree_shape_prefix(action, (4,))
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(action))

@@ -1,0 +1,293 @@
+"""The learner: its arithmetic on worked numbers, its safeguards, and five problems that it must solve."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+
+from esper_jax.control import policy, ppo
+from esper_jax.types import HEADS, Op
+
+CFG = probes.CFG
+T, E = probes.STEPS, probes.N_ENVS
+KEY = jax.random.key(0)
+gae = jax.jit(ppo.gae)
+make_batch = jax.jit(partial(ppo.make_batch, cfg=CFG))
+loss_and_grad = jax.jit(
+    lambda params, batch, coef: jax.value_and_grad(ppo.loss, has_aux=True)(params, batch, cfg=CFG, entropy_coef=coef)
+)
+
+
+@pytest.fixture(scope="module")
+def learner():
+    """Policy outputs scaled up, so that it is far from uniform."""
+    learner = probes.init(KEY)
+    inner = learner.params["params"]
+    heads = {f"head_output_{head}": jax.tree.map(lambda x: 50 * x, inner[f"head_output_{head}"]) for head in HEADS}
+    return learner.replace(params={"params": inner | heads})
+
+
+@pytest.fixture(scope="module")
+def rows(learner):
+    """A rollout in which all ops occur and rewards differ."""
+    masks_of_all_ops = jnp.int32(list(probes.PROBES).index("constant"))
+    rows = probes.play(KEY, learner.params, masks_of_all_ops)
+    rewards = jax.random.normal(jax.random.key(1), (T, E))
+    return rows.replace(reward=rewards)
+
+
+# ---- advantages
+
+
+def test_gae_worked_example():
+    # gamma .9, lambda .8, r = (1, 2, 3), v = (.5, .6, .7).
+    # Truncated, bootstrap .9:
+    #   A2 = 3 + .9 * .9 - .7 = 3.11;  A1 = 2 + .63 - .6 + .72 * 3.11 = 4.2692;  A0 = 1 + .54 - .5 + .72 * A1 = 4.113824
+    # Terminal:
+    #   A2 = 3 - .7 = 2.3;  A1 = 2.03 + .72 * 2.3 = 3.686;  A0 = 1.04 + .72 * 3.686 = 3.69392
+    r, v = jnp.array([1.0, 2, 3]), jnp.array([0.5, 0.6, 0.7])
+    advantages, returns = gae(r, v, 0.9, jnp.zeros(3, bool), gamma=0.9, lam=0.8)
+    np.testing.assert_allclose(advantages, [4.113824, 4.2692, 3.11], rtol=1e-6)
+    np.testing.assert_allclose(returns, [4.613824, 4.8692, 3.81], rtol=1e-6)
+    # The bootstrap is of no account behind a terminal step.
+    advantages, _ = gae(r, v, 0.9, jnp.array([False, False, True]), gamma=0.9, lam=0.8)
+    np.testing.assert_allclose(advantages, [3.69392, 3.686, 2.3], rtol=1e-6)
+
+
+def test_gae_stops_at_a_terminal_inside_the_row():
+    r, v = jnp.array([1.0, 2, 3]), jnp.array([0.5, 0.6, 0.7])
+    advantages, _ = gae(r, v, 0.9, jnp.array([False, True, False]), gamma=0.9, lam=0.8)
+    # A1 = 2 - .6 = 1.4;  A0 = 1 + .54 - .5 + .72 * 1.4 = 2.048; what follows is untouched.
+    np.testing.assert_allclose(advantages, [2.048, 1.4, 3.11], rtol=1e-6)
+
+
+def test_gae_leaves_out_rows_that_are_not_valid():
+    nan = jnp.nan
+    valid = jnp.array([False, True, True, False, True, False])
+    r, v = jnp.array([nan, 1, 2, nan, 3, nan]), jnp.array([nan, 0.5, 0.6, nan, 0.7, nan])
+    terminals = jnp.array([True, False, False, True, False, True])
+    advantages, returns = gae(r, v, 0.9, terminals, gamma=0.9, lam=0.8, valid=valid)
+    np.testing.assert_allclose(advantages, [0, 4.113824, 4.2692, 0, 3.11, 0], rtol=1e-6)
+    np.testing.assert_allclose(returns, [0, 4.613824, 4.8692, 0, 3.81, 0], rtol=1e-6)
+
+
+def test_returns_with_lambda_one_are_discounted_sums():
+    rng = np.random.default_rng(0)
+    r, v = rng.normal(size=(2, 9)).astype(np.float32)
+    _, returns = gae(r, v, 2.0, np.zeros(9, bool), gamma=0.9, lam=1.0)
+    expected = [sum(0.9**k * x for k, x in enumerate(r[t:])) + 0.9 ** (9 - t) * 2.0 for t in range(9)]
+    np.testing.assert_allclose(returns, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_normalised_advantages():
+    # 1, 3 and 5: mean 3, population variance 8/3, so +- 2 / 1.632993.
+    a, valid = jnp.array([1.0, 3, 5, jnp.nan]), jnp.array([True, True, True, False])
+    np.testing.assert_allclose(
+        ppo.normalise_advantages(a, valid, std_floor=0.1), [-1.224745, 0, 1.224745, 0], atol=1e-6
+    )
+    # Deviations of .01 are divided by the floor .1.
+    got = ppo.normalise_advantages(jnp.array([0.99, 1.01]), jnp.ones(2, bool), std_floor=0.1)
+    np.testing.assert_allclose(got, [-0.1, 0.1], atol=1e-5)
+    assert not ppo.normalise_advantages(a, jnp.zeros(4, bool), std_floor=0.1).any()
+
+
+def test_explained_variance(rows):
+    got = lambda rows: ppo.explained_variance(make_batch(rows), cfg=CFG)
+    terminal = rows.replace(terminal=jnp.ones_like(rows.terminal))  # returns are the rewards
+    np.testing.assert_allclose(got(terminal.replace(value=rows.reward)), 1.0, atol=1e-6)
+    np.testing.assert_allclose(got(terminal.replace(value=jnp.ones((T, E)))), 0.0, atol=1e-5)
+    # Returns that do not vary: the errors of variance 1 are set against the floor .1 ** 2.
+    errors = jnp.where(jnp.arange(E) % 2 == 0, 1.0, -1.0) * jnp.ones((T, 1))
+    flat = terminal.replace(reward=jnp.ones((T, E)), value=1 + errors)
+    np.testing.assert_allclose(got(flat), 1 - 1 / 0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rounds, updates, expected", [(100, 0, 0.05), (100, 50, 0.03), (100, 400, 0.01), (0, 0, 0.01)])
+def test_entropy_coefficient_is_annealed(rounds, updates, expected):
+    cfg = dataclasses.replace(CFG, entropy_coef=0.05, entropy_coef_final=0.01, anneal_rounds=rounds)
+    np.testing.assert_allclose(ppo.entropy_coef(jnp.int32(updates), cfg), expected, rtol=1e-6)
+
+
+# ---- loss
+
+
+def test_ratios_are_one_under_the_policy_that_acted(learner, rows):
+    _, metrics = loss_and_grad(learner.params, make_batch(rows), 0.0)[0]
+    assert metrics["ratio_error"] < 1e-5
+    assert metrics["approx_kl"] < 1e-5 and metrics["clip_fraction"] == 0
+
+
+def test_ratios_are_one_across_a_reset_inside_the_sequence(learner, rows):
+    """Two episodes of T rows as one sequence of 2 T, the second begun by a reset."""
+    second = probes.play(jax.random.key(7), learner.params, jnp.int32(0))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, second)
+    evaluate = jax.jit(lambda batch: ppo.loss(learner.params, batch, cfg=CFG, entropy_coef=0.0)[1]["ratio_error"])
+    assert evaluate(make_batch(both)) < 1e-5
+    assert evaluate(make_batch(both.replace(reset=jnp.zeros_like(both.reset)))) > 1e-3
+
+
+def test_loss_on_worked_numbers(learner, rows):
+    """Against the formulas in numpy, with old log-probabilities shifted so that ratios are known."""
+    shift = np.random.default_rng(3).uniform(-0.5, 0.5, (T, E))
+    batch = make_batch(rows.replace(log_prob=rows.log_prob - shift))
+    (total, metrics), _ = loss_and_grad(learner.params, batch, 0.03)
+    ratio, advantage = np.exp(shift), np.asarray(batch.advantage)
+    policy_loss = -np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean()
+    value_loss = 0.5 * np.square(rows.value - batch.returns).mean()
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(metrics["policy_loss"], policy_loss)
+    close(metrics["value_loss"], value_loss)
+    close(metrics["approx_kl"], (ratio - 1 - shift).mean())
+    close(metrics["clip_fraction"], (np.abs(ratio - 1) > 0.2).mean())
+    close(metrics["ratio_mean"], ratio.mean())
+    close(metrics["ratio_max"], ratio.max())
+    assert 0 < metrics["entropy"] < 1 and 0 < metrics["op_entropy"] < 1
+    close(total, policy_loss + CFG.value_coef * value_loss - 0.03 * metrics["entropy"])
+
+
+def test_rows_that_are_not_valid_have_no_influence(learner, rows):
+    """A row without a decision before, and one behind every episode, holding NaN throughout."""
+
+    def spoil(x):
+        filler = jnp.full_like(x[:1], jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else False)
+        return jnp.concatenate([filler, x, filler])
+
+    padded = jax.tree.map(spoil, rows)
+    both = [loss_and_grad(learner.params, make_batch(x), 0.03) for x in (rows, padded)]
+    chex.assert_tree_all_finite(both)
+    chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-6)
+
+
+def only_wait(rows, where):
+    op = jnp.where(where[..., None], jnp.arange(len(Op)) == Op.WAIT, rows.masks.op)
+    action = rows.action.replace(op=jnp.where(where, Op.WAIT, rows.action.op))
+    return rows.replace(masks=rows.masks.replace(op=op), action=action)
+
+
+def test_forced_rows_teach_the_value_alone(learner, rows):
+    forced = only_wait(rows, jnp.ones((T, E), bool))
+    (_, metrics), grads = loss_and_grad(learner.params, make_batch(forced), 0.03)
+    grads = grads["params"]
+    for head in HEADS:
+        assert not any(leaf.any() for leaf in jax.tree.leaves(grads[f"head_output_{head}"]))
+    assert grads["value_output"]["kernel"].any() and metrics["value_loss"] > 0
+    for name in ("policy_loss", "entropy", "approx_kl", "clip_fraction"):
+        assert metrics[name] == 0, name
+    # The mean of the policy loss is over the other rows.
+    first = (jnp.arange(T) == 0)[:, None] & jnp.ones((T, E), bool)
+    batch = make_batch(only_wait(rows, first))
+    (_, metrics), _ = loss_and_grad(learner.params, batch, 0.03)
+    np.testing.assert_allclose(metrics["policy_loss"], -np.mean(batch.advantage[1:]), rtol=1e-3, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(learner, rows):
+    assert {Op.GERMINATE, Op.SET_ALPHA_TARGET} <= set(np.unique(rows.action.op).tolist())
+    _, grads = loss_and_grad(learner.params, make_batch(rows), 0.03)
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+# ---- update
+
+
+def test_update_compiles_once_and_counts(learner, rows):
+    chex.clear_trace_counter()
+    counted = jax.jit(chex.assert_max_traces(partial(ppo.update, cfg=CFG), n=1))
+    once, metrics = counted(KEY, learner, rows)
+    twice, _ = counted(jax.random.key(1), once, rows)
+    assert learner.updates == 0 and once.updates == 1 and twice.updates == 2
+    assert metrics["updates_done"] == CFG.epochs * CFG.minibatches and metrics["nonfinite_updates"] == 0
+    assert metrics["ratio_error"] < 1e-5
+    assert metrics["approx_kl"] > 0 and metrics["ratio_max"] > 1 and metrics["grad_norm"] > 0
+    assert metrics["entropy_coef"] == np.float32(CFG.entropy_coef)
+    chex.assert_tree_all_finite(metrics)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), learner.params, once.params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_ratio_error_tells_of_features_that_were_not_acted_on(learner, rows):
+    _, metrics = probes.update(KEY, learner, rows.replace(features=rows.features * 3), cfg=CFG)
+    assert metrics["ratio_error"] > 0.01
+
+
+def test_non_finite_gradients_take_no_step(learner, rows):
+    """One environment's reward is NaN: through the normalisation it spoils every minibatch."""
+    after, metrics = probes.update(KEY, learner, rows.replace(reward=rows.reward.at[2, 3].set(jnp.nan)), cfg=CFG)
+    chex.assert_trees_all_equal(after.params, learner.params)
+    chex.assert_trees_all_equal(after.opt_state, learner.opt_state)
+    assert metrics["updates_done"] == 0 and metrics["nonfinite_updates"] == CFG.epochs * CFG.minibatches
+    # A NaN among one environment's features spoils the one minibatch of every epoch that holds it.
+    after, metrics = probes.update(KEY, learner, rows.replace(features=rows.features.at[2, 3].set(jnp.nan)), cfg=CFG)
+    assert metrics["updates_done"] == CFG.epochs * (CFG.minibatches - 1)
+    assert metrics["nonfinite_updates"] == CFG.epochs
+    assert after.updates == 1
+    del metrics["explained_variance"]
+    chex.assert_tree_all_finite((after, metrics))
+
+
+@pytest.fixture(scope="module")
+def stopped(learner, rows):
+    """One minibatch an epoch, so that the split over devices makes no difference, and a limit on the divergence."""
+    cfg = dataclasses.replace(CFG, minibatches=1, epochs=8, target_kl=0.003)
+    uneven = rows.replace(valid=rows.valid & ((jnp.arange(E) < 8) | (jnp.arange(T)[:, None] < 3)))
+    return cfg, uneven, probes.update(KEY, learner, uneven, cfg=cfg)
+
+
+def test_divergence_ends_the_update(stopped):
+    cfg, _, (after, metrics) = stopped
+    # The first epoch begins at the old policy, so it takes a step; the limit is passed before the last.
+    assert 1 <= metrics["updates_done"] < cfg.epochs
+    adam = after.opt_state[1][0]
+    assert adam.count == metrics["updates_done"]
+    assert metrics["nonfinite_updates"] == 0 and after.updates == 1
+
+
+def test_devices_together_do_what_one_device_does(learner, stopped):
+    """Two halves with a different number of valid rows each, on a named axis, against the whole."""
+    cfg, rows, (expected, expected_metrics) = stopped
+    assert rows.valid[:, : E // 2].sum() != rows.valid[:, E // 2 :].sum()
+    halves = jax.tree.map(lambda x: jnp.stack(jnp.split(x, 2, axis=1)), rows)
+    body = lambda half: ppo.update(KEY, learner, half, cfg=cfg, axis_name="devices")
+    after, metrics = jax.jit(jax.vmap(body, axis_name="devices"))(halves)
+    for device in range(2):
+        on_one = jax.tree.map(lambda x, i=device: x[i], (after, metrics))
+        chex.assert_trees_all_close(on_one[0].params, expected.params, rtol=1e-3, atol=1e-4)
+        for name in set(metrics) - {"ratio_max", "ratio_error"}:  # means of each device's largest
+            np.testing.assert_allclose(on_one[1][name], expected_metrics[name], rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def test_environments_must_divide_into_minibatches(learner, rows):
+    cfg = dataclasses.replace(CFG, minibatches=5)
+    with pytest.raises(ValueError, match="32 environments cannot be split into 5"):
+        jax.eval_shape(partial(ppo.update, cfg=cfg), KEY, learner, rows)
+
+
+# ---- problems with a known answer
+
+
+def test_value_of_a_constant_reward():
+    rows = probes.train("constant", rounds=40).last
+    expected = (1 - probes.GAMMA ** (T - np.arange(T))) / (1 - probes.GAMMA)
+    np.testing.assert_allclose(rows.value, np.tile(expected[:, None], E), atol=0.3)
+
+
+# Rewards summed over an episode: chance is 2, .5, .5 and about .6.
+@pytest.mark.parametrize(
+    "name, best", [("observation", T), ("delayed", 1), ("memory", 1), ("masks", T)], ids=lambda x: str(x)
+)
+def test_solves(name, best):
+    result = probes.train(name, rounds=25)
+    assert result.last.reward.sum(0).mean() > 0.9 * best
+    assert result.illegal == 0
+    assert result.metrics["ratio_error"].max() < 1e-4
+    if name == "memory":  # between cue and question only WAIT is legal
+        assert not policy_decides(result.last)[1 : T - 1].any()
+
+
+def policy_decides(rows):
+    return rows.masks.op.sum(-1) > 1

@@ -1,0 +1,97 @@
+"""Tracker against the reference: `update` and `peek` along whole sequences, and the summary seed.
+
+Followed is `head`, which differs from `seed` in the rule of stability.
+"""
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_jax.config import TrackerConfig
+from esper_jax.env import tracker as T
+from esper_jax.lifecycle import stages
+from esper_jax.types import Stage
+
+EXACT = ("plateau_epochs", "host_stabilized")
+CLOSE = ("loss_delta", "accuracy_delta", "best_val_accuracy", "best_val_loss")
+
+
+def config(case):
+    of = golden.sub(case, "config")
+    whole = ("history_window", "stabilization_epochs")
+    return TrackerConfig(**{name: int(value) if name in whole else float(value) for name, value in of.items()})
+
+
+def run(case):
+    """Signals of `peek` just before every `update`, those of the update, and the state after it."""
+    cfg = config(case)
+    inputs = {name: jnp.asarray(values) for name, values in golden.sub(case, "in").items() if "/" not in name}
+
+    def step(state, x):
+        epoch, values = x
+        values = dict(epoch=epoch, available_slots=jnp.int32(1), **values)
+        peeked = T.peek(state, **values)
+        state, signals = T.update(state, cfg=cfg, **values)
+        return state, (peeked, signals, state)
+
+    @jax.jit
+    def scan(inputs):
+        return jax.lax.scan(step, T.init(cfg), (jnp.arange(1, inputs["val_loss"].shape[0] + 1), inputs))[1]
+
+    return jax.tree.map(np.asarray, scan(inputs))
+
+
+def close(actual, expected):
+    """1e-5 relative; the absolute part is that of a difference of accuracies up to 100 in float32."""
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def history(actual, valid, expected):
+    np.testing.assert_array_equal(valid, np.isfinite(expected))
+    close(np.where(valid, actual, np.nan), expected)
+
+
+@golden.each_case("tracker")
+def test_sequences(case):
+    peeked, signals, state = run(case)
+    expected = golden.sub(case, "head")
+    for name in EXACT:
+        np.testing.assert_array_equal(getattr(signals, name), expected[name])
+        np.testing.assert_array_equal(getattr(peeked, name), expected[f"peek_{name}"])
+    for name in CLOSE:
+        close(getattr(signals, name), expected[name])
+        close(getattr(peeked, name), expected[f"peek_{name}"])
+    np.testing.assert_array_equal(state.stable_epochs, expected["stable_count"])
+    np.testing.assert_array_equal(signals.history_valid.sum(1), expected["history_length"])
+    history(signals.loss_history, signals.history_valid, expected["loss_history"])
+    history(signals.accuracy_history, signals.history_valid, expected["accuracy_history"])
+    history(peeked.loss_history[1:], peeked.history_valid[1:], expected["loss_history"][:-1])
+
+
+@golden.each_case("tracker", lambda case: "in/seeds/stage" in case)
+def test_summary_seed(case):
+    seeds, expected = golden.sub(case, "in/seeds"), golden.sub(case, "head")
+    numbers = lambda name: jnp.asarray(np.nan_to_num(seeds[name]), jnp.float32)
+    present = jnp.asarray(seeds["stage"] >= 0)
+
+    def one(stage, epochs, alpha, contribution, measured, improvement):
+        slots = stages.empty(stage.shape[0])
+        metrics = slots.metrics.replace(
+            contribution=contribution, contribution_valid=measured, current_accuracy=improvement
+        )
+        ramps = slots.alpha.replace(alpha=alpha)
+        return T.summary_seed(slots.replace(stage=stage, epochs_in_stage=epochs, alpha=ramps, metrics=metrics))
+
+    actual = jax.jit(jax.vmap(one))(
+        jnp.where(present, jnp.asarray(seeds["stage"], jnp.int32), Stage.DORMANT),
+        jnp.asarray(seeds["epochs_in_stage"], jnp.int32),
+        numbers("alpha"),
+        numbers("contribution"),
+        jnp.asarray(np.isfinite(seeds["contribution"])),
+        numbers("improvement"),
+    )
+    np.testing.assert_array_equal(actual.stage, expected["seed_stage"])
+    np.testing.assert_array_equal(actual.epochs_in_stage, expected["seed_epochs_in_stage"])
+    close(actual.alpha, expected["seed_alpha"])
+    close(actual.improvement, expected["seed_improvement"])
