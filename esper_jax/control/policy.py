@@ -23,6 +23,7 @@ FORGET_BIAS = 2.0  # one bias vector; the reference has two with 1.0 each
 NORM_EPS = 1e-5
 # RELEVANCE[op, i]: op reads head HEADS[i]; every op reads the op head.
 RELEVANCE = np.array([[head == "op" or head in RELEVANT_HEADS[op] for head in HEADS] for op in Op])
+_OP = HEADS.index("op")
 
 
 class Carry(NamedTuple):
@@ -136,8 +137,8 @@ def hidden_size(params: dict) -> int:
 def init(key: Array, n_features: int, n_slots: int, hidden: int) -> dict:
     """Fresh parameters for D = `n_features` and S = `n_slots`.
 
-    Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, whose
-    first policy is therefore almost uniform. Biases are 0, that of the forget gate 2.
+    Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, so
+    the first policy is almost uniform. Biases are 0, that of the forget gate 2.
     """
     return _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
 
@@ -186,28 +187,33 @@ def unroll(
     return out.logits, out.value
 
 
+def _table(rows: dict[str, Array]) -> Array:
+    """A row per head in the order of HEADS, filled up with zeros (False) to the longest; [8, N]."""
+    size = max(row.shape[-1] for row in rows.values())
+    return jnp.stack([jnp.pad(rows[head], (0, size - rows[head].shape[-1])) for head in HEADS])
+
+
+def _mask_table(masks: Masks, op: Array) -> Array:
+    """What is legal for every head once the op is known, bool[8, N]."""
+    return _table({head: masks.slot_by_op[op] if head == "slot" else getattr(masks, head) for head in HEADS})
+
+
 def _masked(logits: Array, mask: Array) -> Array:
     return jnp.where(mask, logits.astype(jnp.float32), ILLEGAL_LOGIT)
 
 
-def _head_mask(masks: Masks, head: str, op: Array) -> Array:
-    return masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
-
-
 def masked_entropy(logits: Array, mask: Array) -> Array:
-    """Entropy of a masked categorical over the log of the number of legal choices; f32[] in [0, 1].
+    """Entropy of masked categoricals [..., N] over the log of their number of legal choices; f32[...] in [0, 1].
 
     Exactly 0 when fewer than two choices are legal.
     """
     log_p = jax.nn.log_softmax(_masked(logits, mask))
-    entropy = -jnp.sum(jnp.where(mask, jnp.exp(log_p) * log_p, 0.0))
-    legal = jnp.sum(mask)
+    entropy = -jnp.sum(jnp.where(mask, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+    legal = jnp.sum(mask, axis=-1)
     return jnp.where(legal > 1, entropy / jnp.log(jnp.maximum(legal, 2)), 0.0)
 
 
-def sample(
-    key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: bool = False
-) -> tuple[Action, Array]:
+def sample(key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: bool = False) -> tuple[Action, Array]:
     """Draw a decision: op, then slot given op, then the other heads.
 
     `deterministic` takes every head's likeliest legal choice (the first of equals) and leaves the key unused.
@@ -215,42 +221,29 @@ def sample(
     Returns:
       the action, its irrelevant heads canonical, and the joint log-probability f32[] of the relevant ones.
     """
-    # Gumbel-max: one draw for all heads, of which each takes its own part.
-    sizes = [logits[head].shape[-1] for head in HEADS]
-    noise = jnp.zeros(sum(sizes)) if deterministic else jax.random.gumbel(key, (sum(sizes),))
-    noise = dict(zip(HEADS, jnp.split(noise, np.cumsum(sizes)[:-1]), strict=True))
-
-    def pick(head: str, mask: Array) -> Array:
-        return jnp.argmax(_masked(logits[head], mask) + noise[head]).astype(jnp.int32)
-
-    op = pick("op", masks.op)
-    canonical = Action()
-    relevant = jnp.asarray(RELEVANCE)[op]
-    others = {
-        head: jnp.where(relevant[i], pick(head, _head_mask(masks, head, op)), getattr(canonical, head))
-        for i, head in enumerate(HEADS)
-        if head != "op"
-    }
-    action = Action(op=op, **others)
+    scores = _table(logits)
+    if not deterministic:  # Gumbel-max: the largest of noisy logits is a draw from the categorical
+        scores += jax.random.gumbel(key, scores.shape)
+    op = jnp.argmax(_masked(scores[_OP, : len(Op)], masks.op))
+    choices = jnp.argmax(_masked(scores, _mask_table(masks, op)), axis=-1)
+    canonical = jnp.stack([getattr(Action(), head) for head in HEADS])
+    choices = jnp.where(jnp.asarray(RELEVANCE)[op], choices, canonical).astype(jnp.int32)
+    action = Action(**dict(zip(HEADS, choices, strict=True)))
     return action, evaluate(logits, masks, action).log_prob
 
 
 def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluation:
-    """Log-probabilities and normalised entropies of one decision under these logits; the inverse of `sample`."""
+    """Log-probabilities and normalised entropies of one decision under these logits."""
     relevant = jnp.asarray(RELEVANCE)[action.op]
-
-    def per_head(head: str) -> tuple[Array, Array]:
-        mask = _head_mask(masks, head, action.op)
-        log_p = jax.nn.log_softmax(_masked(logits[head], mask))
-        return log_p[getattr(action, head)], masked_entropy(logits[head], mask)
-
-    log_probs, entropies = (jnp.stack(parts) for parts in zip(*map(per_head, HEADS), strict=True))
-    return Evaluation(jnp.where(relevant, log_probs, 0.0), jnp.where(relevant, entropies, 0.0), relevant)
+    table, mask = _table(logits), _mask_table(masks, action.op)
+    choices = jnp.stack([getattr(action, head) for head in HEADS])
+    log_p = jax.nn.log_softmax(_masked(table, mask))
+    log_p = jnp.take_along_axis(log_p, choices[:, None], axis=-1)[:, 0]
+    entropy = masked_entropy(table, mask)
+    return Evaluation(jnp.where(relevant, log_p, 0.0), jnp.where(relevant, entropy, 0.0), relevant)
 
 
-def make_controller(
-    params: dict, normalise: Callable[[Array], Array], *, deterministic: bool = False
-) -> Controller:
+def make_controller(params: dict, normalise: Callable[[Array], Array], *, deterministic: bool = False) -> Controller:
     """The policy as a controller; its carry is the LSTM state, to be reset (`reset_carry`) after a terminal step.
 
     Args:

@@ -26,8 +26,8 @@ KL_STOP_FACTOR = 1.5
 class Trajectory:
     """A rollout: T rows of E environments, axes [T, E, ...].
 
-    A row is one decision and the transition that it began. Rows that are not valid (an episode's birth epoch, padding) may
-    hold anything, NaN included, except that `reset` is obeyed there too.
+    A row is one decision and the transition that it began. Rows that are not valid (an episode's birth epoch, padding)
+    may hold anything, NaN included, except that `reset` is obeyed there too.
     """
 
     features: Array  # f32[T, E, D] the normalised ones that the policy acted on
@@ -91,8 +91,8 @@ def gae(
     Args:
       rewards: f32[T].
       values: f32[T], V(s_t).
-      bootstrap: f32[], V of the state after the last valid row: that of a truncated episode, 0 of one left open. It has no
-        effect behind a terminal row.
+      bootstrap: f32[], V of the state after the last valid row if the episode was truncated there, 0 to ignore what
+        follows. It has no effect behind a terminal row.
       terminals: bool[T], no value flows back from beyond this transition.
       valid: bool[T], rows that are left out may stand anywhere and hold anything; None means all are valid.
 
@@ -130,9 +130,7 @@ def _moments(x: Array, where: Array, axis_name: str | None) -> tuple[Array, Arra
     return mean, mean_over_devices(_mean(jnp.square(x - mean), where, axis_name), axis_name)
 
 
-def normalise_advantages(
-    advantages: Array, valid: Array, *, std_floor: float, axis_name: str | None = None
-) -> Array:
+def normalise_advantages(advantages: Array, valid: Array, *, std_floor: float, axis_name: str | None = None) -> Array:
     """`(a - mean) / max(std, std_floor)` over the valid entries of all devices; 0 elsewhere. Any shape.
 
     The floor keeps a batch in which nothing happened from turning rounding noise into unit advantages.
@@ -183,14 +181,15 @@ def loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Clipped surrogate + `value_coef` * half squared error of the value - `entropy_coef` * entropy.
 
-    Policy and entropy are means over the valid rows in which anything but WAIT was legal, the value's error over all valid
-    rows. The entropy of a row is the mean over its relevant heads, each over the log of its number of legal choices.
+    Policy and entropy are means over the valid rows in which anything but WAIT was legal, the value's error over all
+    valid rows. The entropy of a row is the mean over its relevant heads, each over the log of its number of choices.
 
     With `axis_name`, loss, metrics and gradients are those of the union of the devices once averaged over them.
 
     Returns:
       the loss f32[], and f32[] metrics: loss, policy_loss, value_loss, entropy, op_entropy, approx_kl, clip_fraction,
-      ratio_mean, ratio_max, ratio_error (largest |r - 1|). approx_kl is the mean of (r - 1) - log r, never negative (Schulman, 2020).
+      ratio_mean, ratio_max, ratio_error (largest |r - 1|). approx_kl is the mean of (r - 1) - log r, which is never
+      negative (Schulman, 2020).
     """
     rows = batch.trajectory
     evaluation, values = jax.vmap(lambda env: _replay(params, env), in_axes=1, out_axes=1)(rows)
@@ -247,9 +246,9 @@ def update(
     Returns:
       the learner, and the metrics of `loss` averaged over the minibatches that were reached and finite (ratio_max is
       their largest; over several devices, the mean of each device's), with grad_norm (before clipping), entropy_coef,
-      explained_variance (before the update), updates_done and nonfinite_updates (i32[]). ratio_error is that of the first
-      minibatch alone: more than rounding there means that the policy acted on other features, masks or states than those
-      that are stored.
+      explained_variance (before the update), updates_done and nonfinite_updates (i32[]). ratio_error is that of the
+      first minibatch alone: more than rounding there means that the policy acted on other features, masks or states
+      than those that are stored.
 
     Raises:
       ValueError: if the environments cannot be split evenly into minibatches.
@@ -267,7 +266,7 @@ def update(
         part = jax.tree.map(lambda x: jnp.take(x, envs, axis=1), batch)
         grads, metrics = jax.grad(loss, has_aux=True)(params, part, cfg=cfg, entropy_coef=coef, axis_name=axis_name)
         grads, metrics = mean_over_devices((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
         if cfg.target_kl is not None:
             stopped |= metrics["approx_kl"] > KL_STOP_FACTOR * cfg.target_kl

@@ -69,11 +69,14 @@ def downsample(images: np.ndarray, size: int) -> np.ndarray:
     if height % size:
         raise DataError(f"DataConfig.image_size = {size}: cannot be averaged from images of {height}x{width} pixels")
     cell = height // size
-    corners = [images[:, i::cell, j::cell] for i in range(cell) for j in range(cell)]
-    total = np.zeros(corners[0].shape, np.uint16)
-    for corner in corners:
-        total += corner
-    return ((total + len(corners) // 2) // len(corners)).astype(np.uint8)
+    parts = np.array_split(images, -(-len(images) // 500))  # small enough for a cache: several times faster
+    return np.concatenate([_average_cells(part, cell) for part in parts])
+
+
+def _average_cells(images: np.ndarray, cell: int) -> np.ndarray:
+    rows = sum(images[:, i::cell].astype(np.uint16) for i in range(cell))
+    total = sum(rows[:, :, j::cell] for j in range(cell))
+    return ((total + cell * cell // 2) // (cell * cell)).astype(np.uint8)
 
 
 def channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

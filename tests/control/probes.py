@@ -7,6 +7,7 @@ through the same policy, sampling, `gae` and `update` as everything else.
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -156,11 +157,17 @@ class Result(NamedTuple):
 
 init = jax.jit(partial(ppo.init_learner, cfg=CFG, n_features=N_FEATURES, n_slots=N_SLOTS))
 play = jax.jit(rollout)
-update = jax.jit(ppo.update, static_argnames=("cfg", "axis_name"))
 count_illegal = jax.jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
 
 
-def train(name: str, *, rounds: int, seed: int = 0, cfg: PPOConfig = CFG) -> Result:
+@jax.jit
+@chex.assert_max_traces(n=1)
+def update(key: Array, learner: ppo.LearnerState, rows: ppo.Trajectory):
+    """The learner's update under CFG: compiled once for whatever is done with it."""
+    return ppo.update(key, learner, rows, cfg=CFG)
+
+
+def train(name: str, *, rounds: int, seed: int = 0) -> Result:
     """So many rounds of rollout and update on one probe."""
     key = jax.random.key(seed)
     probe = jnp.int32(list(PROBES).index(name))
@@ -169,7 +176,7 @@ def train(name: str, *, rounds: int, seed: int = 0, cfg: PPOConfig = CFG) -> Res
     for i in range(rounds):
         play_key, update_key = jax.random.split(jax.random.fold_in(key, i))
         rows = play(play_key, learner.params, probe)
-        learner, metrics = update(update_key, learner, rows, cfg=cfg)
+        learner, metrics = update(update_key, learner, rows)
         history.append(metrics)
         illegal += count_illegal(rows)
     metrics = jax.tree.map(lambda *x: jnp.stack(x), *history)

@@ -1,5 +1,7 @@
 """The recurrent policy: network, masked heads, sampling order."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,16 +9,20 @@ import numpy as np
 import pytest
 
 from esper_jax.control import policy
-from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Masks, Observation, Op
+from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Extras, Masks, Observation, Op
 
 D, S, H, T = 7, 3, 8, 6
+init = jax.jit(lambda key: policy.init(key, D, S, H))
+step = jax.jit(policy.step)
+unroll = jax.jit(policy.unroll)
+entropy_and_grad = jax.jit(jax.value_and_grad(policy.masked_entropy))
+evaluate = jax.jit(policy.evaluate)
 
 
 @pytest.fixture(scope="module")
 def params():
     """Every parameter away from its special initial value, so that each one matters."""
-    fresh = jax.jit(policy.init, static_argnums=(1, 2, 3))(jax.random.key(0), D, S, H)
-    leaves, tree = jax.tree.flatten(fresh)
+    leaves, tree = jax.tree.flatten(init(jax.random.key(0)))
     rng = np.random.default_rng(0)
     return tree.unflatten([x + rng.normal(0, 0.3, x.shape).astype(np.float32) for x in leaves])
 
@@ -61,7 +67,7 @@ def test_sizes_are_those_of_the_reference():
 
 
 def test_initialisation():
-    p = jax.jit(policy.init, static_argnums=(1, 2, 3))(jax.random.key(1), D, S, H)["params"]
+    p = init(jax.random.key(1))["params"]
 
     def singular_values(kernel, expected):
         np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), expected, rtol=1e-5)
@@ -83,7 +89,7 @@ def test_initialisation():
 def test_network_against_numpy(params):
     features = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
     resets = jnp.zeros(T, bool)
-    logits, values = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, resets)
+    logits, values = unroll(params, policy.initial_carry(H), features, resets)
     expected_logits, expected_values = forward_in_numpy(params, features)
     chex.assert_trees_all_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(values, expected_values, rtol=1e-4, atol=1e-5)
@@ -93,8 +99,8 @@ def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
     features = np.random.default_rng(2).normal(size=(T, D)).astype(np.float32)
     resets = np.array([False, False, True, False, False, True])
     start = policy.Carry(jnp.full(H, 0.5), jnp.full(H, -0.2))  # as left by earlier rows
-    logits, values = jax.jit(policy.unroll)(params, start, features, resets)
-    step, carry, outputs = jax.jit(policy.step), start, []
+    logits, values = unroll(params, start, features, resets)
+    carry, outputs = start, []
     for x, reset in zip(features, resets, strict=True):
         carry, out = step(params, policy.initial_carry(H) if reset else carry, x)
         outputs.append(out)
@@ -102,7 +108,7 @@ def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
     chex.assert_trees_all_close(logits, rows.logits, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(values, rows.value, rtol=1e-5, atol=1e-6)
     # What came before a reset is forgotten, what came before a row without one is not.
-    other, _ = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, resets)
+    other, _ = unroll(params, policy.initial_carry(H), features, resets)
     assert np.abs(other["op"][:2] - logits["op"][:2]).max() > 1e-3
     np.testing.assert_array_equal(other["op"][2:], logits["op"][2:])
 
@@ -110,8 +116,8 @@ def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
 def test_rows_without_a_decision_leave_the_state(params):
     features = np.random.default_rng(3).normal(size=(T, D)).astype(np.float32)
     valid = np.array([False, True, True, False, True, True])
-    _, values = jax.jit(policy.unroll)(params, policy.initial_carry(H), features, np.zeros(T, bool), valid)
-    _, expected = jax.jit(policy.unroll)(params, policy.initial_carry(H), features[valid], np.zeros(4, bool))
+    _, values = unroll(params, policy.initial_carry(H), features, np.zeros(T, bool), valid)
+    _, expected = unroll(params, policy.initial_carry(H), features[valid], np.zeros(4, bool))
     np.testing.assert_allclose(values[valid], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -123,7 +129,7 @@ def test_masked_log_prob_and_entropy_of_the_worked_example():
     masks = all_legal().replace(slot_by_op=jnp.tile(mask, (len(Op), 1)))
     out = dict(random_logits(np.random.default_rng(0)), slot=logits)
     for slot, p in ((0, 0.119203), (1, 0.0), (2, 0.880797)):
-        got = policy.evaluate(out, masks, Action(op=jnp.int32(Op.ADVANCE), slot=jnp.int32(slot)))
+        got = evaluate(out, masks, Action(op=jnp.int32(Op.ADVANCE), slot=jnp.int32(slot)))
         np.testing.assert_allclose(np.exp(got.head_log_prob[HEADS.index("slot")]), p, atol=1e-6)
 
 
@@ -132,7 +138,7 @@ def test_masked_log_prob_and_entropy_of_the_worked_example():
 )
 def test_entropy_at_its_limits(mask, expected):
     mask = jnp.array(mask, bool)
-    value, grad = jax.value_and_grad(policy.masked_entropy)(jnp.full(4, 3.0), mask)
+    value, grad = entropy_and_grad(jnp.full(4, 3.0), mask)
     np.testing.assert_allclose(value, expected, atol=1e-6)
     assert np.isfinite(grad).all()
     if expected == 0:
@@ -193,22 +199,21 @@ def test_log_prob_is_the_sum_over_relevant_heads(draws):
         total = np.zeros(len(chosen))
         for head in np.array(HEADS)[relevant]:
             mask = masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
-            p = np.where(mask, np.exp(logits[head]), 0)
+            p = np.where(mask, np.exp(logits[head]), 1e-30)  # no log of 0
             total += np.log(p / p.sum())[np.asarray(getattr(actions, head))[chosen]]
         np.testing.assert_allclose(got.log_prob[chosen], total, rtol=1e-4, atol=1e-5)
     # WAIT reads the op head alone, so its entropy is that head's; it is not thinned out by the seven others.
     wait = np.flatnonzero(np.asarray(actions.op) == Op.WAIT)[0]
-    np.testing.assert_allclose(
-        got.entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6
-    )
+    np.testing.assert_allclose(got.entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6)
 
 
 def test_deterministic_takes_the_first_of_the_likeliest_legal_choices():
     logits = {head: jnp.zeros_like(x) for head, x in random_logits(np.random.default_rng(0)).items()}
+    choose = jax.jit(partial(policy.sample, deterministic=True))
     logits["op"] = jnp.array([0.0, 2.0, 1.0, 3.0, 0.0, 2.0])  # PRUNE is likeliest, but illegal
     masks = all_legal().replace(op=jnp.array([1, 1, 1, 0, 1, 1], bool), blueprint=jnp.arange(13) >= 4)
     for seed in range(3):
-        action, _ = policy.sample(jax.random.key(seed), logits, masks, deterministic=True)
+        action, _ = choose(jax.random.key(seed), logits, masks)
         assert action.op == Op.GERMINATE and action.blueprint == 4 and action.slot == 0
 
 
@@ -221,23 +226,26 @@ def test_a_row_without_any_legal_choice_stays_finite():
         out = policy.evaluate(logits, masks, action)
         return out.log_prob + out.entropy
 
-    value, grads = jax.value_and_grad(total)(logits)
+    value, grads = jax.jit(jax.value_and_grad(total))(logits)
     chex.assert_tree_all_finite((value, grads))
 
 
 def test_controller(params):
+    """One decision of four environments: the parts of `act` are `normalise`, `step` and `sample`."""
     controller = policy.make_controller(params, lambda features: features / 2)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(4, D)), jnp.float32)
-    masks = jax.tree.map(lambda m: jnp.broadcast_to(m, (4, *m.shape)), all_legal())
-    carry = jax.vmap(controller.init)(jax.random.split(jax.random.key(0), 4))
     keys = jax.random.split(jax.random.key(1), 4)
-    carry, action, extras = jax.jit(jax.vmap(controller.act))(keys, carry, Observation(x, masks, None, None))
-    expected_carry, out = jax.vmap(policy.step, in_axes=(None, 0, 0))(
-        params, policy.Carry(jnp.zeros((4, H)), jnp.zeros((4, H))), x / 2
-    )
-    chex.assert_trees_all_close(carry, expected_carry, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(extras.value, out.value, rtol=1e-5, atol=1e-6)
-    expected = jax.vmap(policy.evaluate)(out.logits, masks, action).log_prob
-    np.testing.assert_allclose(extras.log_prob, expected, rtol=1e-5)
-    chex.assert_tree_shape_prefix(action, (4,))
-    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(action))
+
+    def by_controller(key, x):
+        carry = controller.init(key)
+        return controller.act(key, carry, Observation(x, all_legal(), None, None))
+
+    def by_hand(key, x):
+        carry, out = policy.step(params, policy.initial_carry(H), x / 2)
+        action, log_prob = policy.sample(key, out.logits, all_legal())
+        return carry, action, Extras(log_prob, out.value)
+
+    actual, expected = (jax.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+    chex.assert_tree_shape_prefix(actual, (4,))
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(actual[1]))

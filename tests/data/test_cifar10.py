@@ -1,0 +1,380 @@
+import contextlib
+import hashlib
+import http.server
+import io
+import pickle
+import struct
+import tarfile
+import threading
+
+import numpy as np
+import pooch
+import pytest
+
+from esper_jax import data
+from esper_jax.config import DataConfig
+from esper_jax.data import cifar10
+from esper_jax.data.cifar10 import BINARY_FOLDER, PYTHON_FOLDER, Archive
+
+N = 6  # records in each file
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes strings as Python 2 did, like the official files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, text):
+        text = text if isinstance(text, bytes) else text.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def official_pickle(value):
+    stream = io.BytesIO()
+    Python2Pickler(stream, protocol=2).dump(value)
+    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def make_records(n_files=6):
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (n_files, N, 3073)).astype(np.uint8)
+    records[..., 0] %= 10
+    return records
+
+
+def write_binary(folder, records, names=cifar10.BINARY_FILES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(names, records, strict=True):
+        part.tofile(folder / name)
+
+
+def python_files(records, dump=official_pickle):
+    batches = [{"batch_label": "b", "labels": part[:, 0].tolist(), "data": part[:, 1:]} for part in records]
+    return {name: dump(batch) for name, batch in zip(cifar10.PYTHON_FILES, batches, strict=True)}
+
+
+def write_python(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty user cache, no $ESPER_DATA, no proxy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("ESPER_DATA", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "xdg" / "esper_jax"
+
+
+NOWHERE = Archive("cifar-10-python.tar.gz", (), 1, "")
+
+
+def small(**changes):
+    return DataConfig(**({"name": "cifar10", "validation_size": 5} | changes))
+
+
+# Files on disk
+
+
+@pytest.mark.parametrize("parent", [False, True])
+@pytest.mark.parametrize("layout", ["binary", "python"])
+def test_both_layouts_give_the_same_pictures(tmp_path, layout, parent):
+    records = make_records()
+    folder = tmp_path / "d" / (BINARY_FOLDER if layout == "binary" else PYTHON_FOLDER)
+    if layout == "binary":
+        write_binary(folder, records)
+    else:
+        write_python(folder, python_files(records))
+    arrays = cifar10.load(str(folder.parent if parent else folder), archive=NOWHERE)
+    flat = records[:5].reshape(-1, 3073)
+    np.testing.assert_array_equal(arrays.labels, flat[:, 0])
+    # record byte 1 + 1024 c + 32 y + x is channel c of pixel (y, x)
+    assert arrays.images[7, 3, 5, 2] == flat[7, 1 + 2048 + 3 * 32 + 5]
+    np.testing.assert_array_equal(arrays.test_images[:, 0, 0, 0], records[5][:, 1])
+    # the identity is that of the binary records in either layout, and claims nothing
+    digest = hashlib.md5(records.tobytes()).hexdigest()
+    assert arrays.identity == f"md5:{digest} (not verified to be the official CIFAR-10)"
+    assert arrays.source == str(folder)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickles_of_python_3_are_read_too(tmp_path, protocol):
+    records = make_records()
+    write_python(tmp_path, python_files(records, lambda batch: pickle.dumps(batch, protocol)))
+    np.testing.assert_array_equal(cifar10.read(tmp_path).test_labels, records[5][:, 0])
+
+
+def test_files_with_the_official_checksums_are_called_official(tmp_path, monkeypatch):
+    files = python_files(make_records())
+    write_python(tmp_path, files)
+    sums = tuple(pooch.file_hash(str(tmp_path / name), alg="md5") for name in cifar10.PYTHON_FILES)
+    monkeypatch.setattr(cifar10, "OFFICIAL_MD5", sums)
+    assert cifar10.read(tmp_path).identity.endswith("(the official CIFAR-10)")
+    (tmp_path / "data_batch_5").unlink()  # a part of the official data is not the official data
+    assert cifar10.read(tmp_path).identity.endswith("(not verified to be the official CIFAR-10)")
+
+
+def test_a_pickle_cannot_run_code(tmp_path):
+    files = python_files(make_records())
+    files["data_batch_2"] = b"cos\nsystem\n(S'echo no'\ntR."
+    write_python(tmp_path, files)
+    with pytest.raises(data.DataError, match="data_batch_2.*os.system"):
+        cifar10.read(tmp_path)
+
+
+def test_fewer_files_are_legal_a_gap_is_not(tmp_path):
+    write_binary(tmp_path, make_records())
+    for name in ("data_batch_5.bin", "data_batch_4.bin"):
+        (tmp_path / name).unlink()
+    assert len(cifar10.read(tmp_path).labels) == 3 * N
+    (tmp_path / "data_batch_2.bin").unlink()
+    with pytest.raises(data.DataError, match="data_batch_2.bin is missing"):
+        cifar10.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "test_batch.bin"])
+def test_the_first_batch_and_the_test_batch_are_needed(tmp_path, name):
+    write_binary(tmp_path, make_records())
+    for other in cifar10.BINARY_FILES[1:5]:
+        (tmp_path / other).unlink()
+    (tmp_path / name).unlink()
+    with pytest.raises(data.DataError, match=f"{name} is missing"):
+        cifar10.load(str(tmp_path), archive=NOWHERE)
+
+
+@pytest.mark.parametrize("size", [0, 3072, 3073 * 2 + 1, 3073 * 10_001])
+def test_a_file_of_the_wrong_size_is_named_with_what_is_expected(tmp_path, size):
+    write_binary(tmp_path, make_records())
+    (tmp_path / "data_batch_3.bin").write_bytes(bytes(size))
+    with pytest.raises(data.DataError, match=rf"data_batch_3.bin has {size:,} bytes: expected 30,730,000.*3,073"):
+        data.load(small(name="auto", data_dir=str(tmp_path)), archive=NOWHERE)  # wrong files never fall through
+
+
+def test_a_wrong_label_is_named(tmp_path):
+    records = make_records()
+    records[1, 4, 0] = 10
+    write_binary(tmp_path / "b", records)
+    write_python(tmp_path / "p", python_files(records))
+    for folder in ("b", "p"):
+        with pytest.raises(data.DataError, match="data_batch_2.*label of record 4"):
+            cifar10.read(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "EOFError"),
+        (official_pickle({"labels": [1], "data": np.zeros((1, 3072), np.uint8)})[:-1000], "no batch file"),
+        (official_pickle({"labels": [1]}), "KeyError"),
+        (official_pickle([1, 2]), "no batch file"),
+        (official_pickle({"labels": [1], "data": np.zeros((1, 3071), np.uint8)}), r"uint8\[n, 3072\]"),
+        (official_pickle({"labels": [1], "data": np.zeros((1, 3072), np.int8)}), r"int8\[1, 3072\]"),
+        (official_pickle({"labels": [1, 2], "data": np.zeros((1, 3072), np.uint8)}), "as many integer labels"),
+        (official_pickle({"labels": [-246], "data": np.zeros((1, 3072), np.uint8)}), "label of record 0"),
+        (official_pickle({"labels": [], "data": np.zeros((0, 3072), np.uint8)}), "1 to 10,000"),
+    ],
+)
+def test_a_damaged_pickle_is_named(tmp_path, content, message):
+    write_python(tmp_path, python_files(make_records()) | {"data_batch_4": content})
+    with pytest.raises(data.DataError, match=f"data_batch_4.*{message}"):
+        cifar10.read(tmp_path)
+
+
+# Where the files are looked for
+
+
+def test_the_folder_given_comes_before_the_environment_and_that_before_the_cache(tmp_path, home, monkeypatch):
+    said = []
+    for place in (tmp_path / "given", tmp_path / "env", home):
+        write_binary(place / BINARY_FOLDER, make_records())
+    monkeypatch.setenv("ESPER_DATA", str(tmp_path / "env"))
+    load = lambda folder: cifar10.load(folder, announce=said.append, archive=NOWHERE).source
+    assert load(str(tmp_path / "given")) == str(tmp_path / "given" / BINARY_FOLDER)
+    assert load(None) == str(tmp_path / "env" / BINARY_FOLDER)
+    monkeypatch.delenv("ESPER_DATA")
+    assert load(None) == str(home / BINARY_FOLDER) and not said
+    assert load(str(tmp_path / "typo")) == str(home / BINARY_FOLDER)  # passing over a folder is announced
+    assert len(said) == 1 and "typo" in said[0] and "--data-dir" in said[0]
+
+
+def test_what_cannot_be_had_says_where_it_was_looked_for_and_how_to_give_it(tmp_path, home):
+    with pytest.raises(data.DataError) as caught:
+        data.load(small(data_dir=str(tmp_path / "empty")), archive=NOWHERE)
+    message = str(caught.value)
+    for part in ("--data-dir", str(tmp_path / "empty"), str(home), "$ESPER_DATA", "--data shapes"):
+        assert part in message
+    assert "\n" not in message and not home.exists()
+
+
+def test_auto_falls_back_to_shapes_in_one_loud_line(tmp_path, monkeypatch):
+    said = []
+    stand_in = cifar10.Arrays(
+        *(np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, int)) * 2, ("a",), "md5:0", "generated"
+    )
+    monkeypatch.setattr(data.shapes, "load", lambda: stand_in)
+    dataset = data.load(small(name="auto", augment=False), announce=said.append, archive=NOWHERE)
+    assert dataset.name == "shapes" and dataset.source == "generated"
+    assert len(said) == 1 and "shapes" in said[0] and "NOT CIFAR-10" in said[0] and "\n" not in said[0]
+
+
+def test_auto_takes_cifar10_where_it_is(tmp_path):
+    write_binary(tmp_path, make_records())
+    said = []
+    dataset = data.load(small(name="auto", data_dir=str(tmp_path), image_size=8), announce=said.append, archive=NOWHERE)
+    assert dataset.name == "cifar10" and dataset.classes[0] == "airplane" and dataset.mean == (0.4914, 0.4822, 0.4465)
+    assert dataset.train.images.shape == (5 * N - 5, 8, 8, 3) and not said
+
+
+# Download, from a server of our own
+
+
+def make_archive(files):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@contextlib.contextmanager
+def serve(routes):
+    """A server on 127.0.0.1. `routes`: path -> (bytes, options); options: `ranges`, `stop_at`. Yields url, requests."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200 if self.path in routes else 404)
+            self.end_headers()
+
+        def do_GET(self):
+            asked = self.headers.get("Range")
+            requests.append((self.path, asked))
+            if self.path not in routes:
+                self.send_error(404)
+                return
+            body, options = routes[self.path]
+            start = 0
+            if asked and "ranges" in options:
+                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            else:
+                self.send_response(200)
+            if "no_length" not in options:
+                self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start : options.get("stop_at")])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+RECORDS = make_records()
+FILES = {f"{PYTHON_FOLDER}/{name}": content for name, content in python_files(RECORDS).items()}
+BODY = make_archive(FILES | {f"{PYTHON_FOLDER}/readme.html": b"x", "../outside": b"x"})
+MD5 = hashlib.md5(BODY).hexdigest()
+NAME = "cifar-10-python.tar.gz"
+
+
+def archive_at(*urls):
+    return Archive(NAME, urls, len(BODY), MD5)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_download_is_checked_unpacked_and_found_again(home):
+    said = []
+    with serve({"/a": (BODY, {})}) as (url, requests):
+        archive = archive_at(f"{url}/a")
+        arrays = cifar10.load(None, announce=said.append, archive=archive)
+        np.testing.assert_array_equal(arrays.test_labels, RECORDS[5][:, 0])
+        assert arrays.source == str(home / PYTHON_FOLDER) and len(said) == 1 and f"{url}/a" in said[0]
+        cifar10.load(None, announce=said.append, archive=archive)
+    assert requests == [("/a", None)] and len(said) == 1  # once is enough
+    assert names(home) == [PYTHON_FOLDER]
+    assert names(home / PYTHON_FOLDER) == sorted(cifar10.PYTHON_FILES) and not (home.parent / "outside").exists()
+
+
+def test_a_broken_off_download_is_resumed(home):
+    half = len(BODY) // 2
+    with serve({"/a": (BODY, {"stop_at": half}), "/b": (BODY, {"ranges": True})}) as (url, requests):
+        with pytest.raises(data.DataError, match=f"broke off after {half:,} of {len(BODY):,} bytes"):
+            cifar10.download(archive_at(f"{url}/a"), home, announce=lambda _: None)
+        assert names(home) == [f"{NAME}.part"] and (home / f"{NAME}.part").stat().st_size == half
+        cifar10.download(archive_at(f"{url}/b"), home, announce=lambda _: None)
+    assert requests == [("/a", None), ("/b", f"bytes={half}-")]
+    assert names(home) == [PYTHON_FOLDER]
+
+
+def test_a_server_that_cannot_resume_starts_over(home):
+    home.mkdir(parents=True)
+    (home / f"{NAME}.part").write_bytes(BODY[:100])
+    with serve({"/a": (BODY, {"no_length": True})}) as (url, _):
+        folder = cifar10.download(archive_at(f"{url}/a"), home, announce=lambda _: None)
+    assert len(cifar10.read(folder).labels) == 5 * N
+
+
+def test_a_bad_older_part_costs_one_more_try(home):
+    home.mkdir(parents=True)
+    (home / f"{NAME}.part").write_bytes(b"junk" * 10)
+    with serve({"/a": (BODY, {"ranges": True})}) as (url, requests):
+        cifar10.download(archive_at(f"{url}/a"), home, announce=lambda _: None)
+    assert requests == [("/a", "bytes=40-"), ("/a", None)]
+    assert names(home) == [PYTHON_FOLDER]
+
+
+def test_a_mirror_with_a_wrong_file_is_passed_over(home):
+    wrong = bytes(len(BODY))
+    routes = {"/wrong": (wrong, {}), "/short": (BODY[:-5], {}), "/long": (BODY + b"x", {"no_length": True})}
+    with serve(routes | {"/good": (BODY, {})}) as (url, requests):
+        urls = [f"{url}{path}" for path in ("/missing", "/wrong", "/short", "/long", "/good")]
+        cifar10.download(archive_at(*urls), home, announce=lambda _: None)
+    assert [path for path, _ in requests] == ["/missing", "/wrong", "/short", "/long", "/good"]
+    assert names(home) == [PYTHON_FOLDER]
+
+
+def test_when_all_mirrors_fail_each_is_told_and_nothing_stays(home):
+    with serve({"/wrong": (bytes(len(BODY)), {}), "/short": (BODY[:-5], {})}) as (url, _):
+        with pytest.raises(data.DataError) as caught:
+            archive = archive_at(f"{url}/missing", f"{url}/wrong", f"{url}/short")
+            cifar10.download(archive, home, announce=lambda _: None)
+    for part in ("404", "wrong MD5", f"offers {len(BODY) - 5:,} bytes, expected {len(BODY):,}"):
+        assert part in str(caught.value)
+    assert names(home) == []
+
+
+def test_an_archive_without_a_batch_file_leaves_nothing_half_unpacked(home):
+    body = make_archive({name: content for name, content in FILES.items() if "batch_3" not in name})
+    with serve({"/a": (body, {})}) as (url, _):
+        archive = Archive(NAME, (f"{url}/a",), len(body), hashlib.md5(body).hexdigest())
+        with pytest.raises(data.DataError, match="data_batch_3"):
+            cifar10.download(archive, home, announce=lambda _: None)
+    assert PYTHON_FOLDER not in names(home) and not [name for name in names(home) if name.startswith(".")]
+
+
+def test_no_network_is_told_quickly_and_leaves_no_cache(home):
+    with serve({}) as (url, _):
+        pass  # nothing listens there any more
+    said = []
+    with pytest.raises(data.DataError, match="127.0.0.1.*refused"):
+        cifar10.load(None, announce=said.append, patience=2.0, archive=archive_at(f"{url}/a"))
+    assert not said and not home.exists()

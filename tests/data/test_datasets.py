@@ -1,0 +1,76 @@
+import sys
+
+import numpy as np
+import pytest
+
+from esper_jax import data
+from esper_jax.config import DataConfig
+from esper_jax.data import digits, shapes
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(shapes, "TRAIN", 400)
+    monkeypatch.setattr(shapes, "TEST", 100)
+    shapes.load.cache_clear()
+    yield shapes
+    shapes.load.cache_clear()
+
+
+def test_digits_keep_their_channel_and_clip_the_validation_split():
+    dataset = data.load(DataConfig(name="digits"))
+    # 1797 scans: 599 for the test, of the other 1198 a fifth (239) validates
+    assert dataset.test.images.shape == (599, 8, 8, 1)
+    assert dataset.validation.images.shape == (239, 8, 8, 1)
+    assert dataset.train.images.shape == (959, 8, 8, 1)
+    assert dataset.name == "digits" and not dataset.augment and len(dataset.classes) == 10 and len(dataset.mean) == 1
+    images = np.asarray(dataset.train.images)
+    assert images.min() == 0 and images.max() == 255 and set(np.unique(dataset.train.labels)) == set(range(10))
+    smaller = data.load(DataConfig(name="digits", image_size=8, validation_size=100))
+    assert len(smaller.validation.labels) == 100
+
+
+def test_digits_cannot_grow():
+    with pytest.raises(data.DataError, match="image_size = 16"):
+        data.load(DataConfig(name="digits", image_size=16))
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(data.DataError, match=r"esper_jax\[digits\]"):
+        digits.load()
+
+
+def test_shapes_are_balanced_the_same_every_time_and_made_once(few_shapes):
+    first = shapes.load()
+    assert shapes.load() is first
+    shapes.load.cache_clear()
+    again = shapes.load()
+    np.testing.assert_array_equal(first.images, again.images)
+    assert first.identity == again.identity and first.identity.startswith("md5:")
+    assert first.images.shape == (400, 32, 32, 3) and first.images.dtype == np.uint8
+    assert np.bincount(first.labels).tolist() == [40] * 10 and np.bincount(first.test_labels).tolist() == [10] * 10
+    assert len(np.unique(first.images.reshape(400, -1), axis=0)) == 400
+
+
+def test_colours_of_shapes_do_not_give_the_class_away(few_shapes):
+    """Nearest class mean of the mean colour, on pictures it has not seen: chance is 10 %, 100 pictures."""
+    arrays = shapes.load()
+    colour, test_colour = (images.mean((1, 2)) for images in (arrays.images, arrays.test_images))
+    means = np.stack([colour[arrays.labels == k].mean(0) for k in range(10)])
+    nearest = np.square(test_colour[:, None] - means).sum(-1).argmin(-1)
+    assert (nearest == arrays.test_labels).mean() < 0.25
+
+
+@pytest.mark.parametrize("size", [None, 8, 16, 32])
+def test_shapes_come_in_every_size(few_shapes, size):
+    dataset = data.load(DataConfig(name="shapes", image_size=size, validation_size=50, test_limit=30))
+    side = size or 32
+    assert dataset.train.images.shape == (350, side, side, 3) and dataset.test.images.shape == (30, side, side, 3)
+    assert dataset.name == "shapes" and dataset.augment and dataset.source == "generated"
+    assert not data.load(DataConfig(name="shapes", validation_size=50, augment=False)).augment
+
+
+def test_a_limit_beyond_the_shapes_is_refused(few_shapes):
+    with pytest.raises(data.DataError, match="train_limit = 351: only 350"):
+        data.load(DataConfig(name="shapes", validation_size=50, train_limit=351))
