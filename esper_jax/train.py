@@ -229,14 +229,15 @@ def make_train(
         round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), run.round)
         env_key, learn_key = jax.random.split(round_key)
         number = jnp.int32(names.index(POLICY))
-        rows, _ = rollout(dataset, run, env_key, number, jnp.arange(cfg.n_envs))
+        rows, _ = rollout(dataset, run, devices.replicate(env_key, mesh), number, jnp.arange(cfg.n_envs))
         run, metrics = learn(learn_key, run, rows)
         return run, Metrics(rows, metrics)
 
     def compare(key: Array, run: RunState, controller: str) -> Comparison:
         if controller not in names:
             raise ValueError(f"controller {controller!r}: must be one of {', '.join(names)}")
-        env_key = jax.random.fold_in(key, COMPARE_STREAM)
+        # placed like the key of a round, or the rollout would be compiled a second time
+        env_key = devices.replicate(jax.random.fold_in(key, COMPARE_STREAM), mesh)
         number = jnp.int32(names.index(controller))
         rows, states = rollout(dataset, run, env_key, number, jnp.arange(cfg.report_envs))
         test = report(dataset, states)

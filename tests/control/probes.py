@@ -155,12 +155,14 @@ class Result(NamedTuple):
     last: ppo.Trajectory  # of the last policy
 
 
-init = jax.jit(partial(ppo.init_learner, cfg=CFG, n_features=N_FEATURES, n_slots=N_SLOTS))
-play = jax.jit(rollout)
-count_illegal = jax.jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
+# Compilation costs these tests more than running: LLVM's optimisations are left out.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+init = jit(partial(ppo.init_learner, cfg=CFG, n_features=N_FEATURES, n_slots=N_SLOTS))
+play = jit(rollout)
+count_illegal = jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
 
 
-@jax.jit
+@jit
 @chex.assert_max_traces(n=1)
 def update(key: Array, learner: ppo.LearnerState, rows: ppo.Trajectory):
     """The learner's update under CFG: compiled once for whatever is done with it."""

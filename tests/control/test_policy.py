@@ -6,17 +6,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import probes
 import pytest
 
 from esper_jax.control import policy
 from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Extras, Masks, Observation, Op
 
 D, S, H, T = 7, 3, 8, 6
-init = jax.jit(lambda key: policy.init(key, D, S, H))
-step = jax.jit(policy.step)
-unroll = jax.jit(policy.unroll)
-entropy_and_grad = jax.jit(jax.value_and_grad(policy.masked_entropy))
-evaluate = jax.jit(policy.evaluate)
+init = probes.jit(lambda key: policy.init(key, D, S, H))
+step = probes.jit(policy.step)
+unroll = probes.jit(policy.unroll)
+entropy_and_grad = probes.jit(jax.value_and_grad(policy.masked_entropy))
+evaluate = probes.jit(policy.evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,8 @@ def draws():
         slot_by_op=by_op, blueprint=jnp.arange(13) % 3 == 1, tempo=jnp.array([True, False, True])
     )
     keys = jax.random.split(jax.random.key(6), 4096)
-    actions, log_probs = jax.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
-    return logits, masks, actions, log_probs
+    actions, log_probs = probes.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
+    return jax.tree.map(np.asarray, (logits, masks, actions, log_probs))
 
 
 def test_only_legal_choices_are_drawn_and_the_rest_is_canonical(draws):
@@ -188,7 +189,8 @@ def test_draws_follow_the_probabilities(draws):
 
 def test_log_prob_is_the_sum_over_relevant_heads(draws):
     logits, masks, actions, log_probs = draws
-    got = jax.jit(jax.vmap(policy.evaluate, in_axes=(None, None, 0)))(logits, masks, actions)
+    got = probes.jit(jax.vmap(policy.evaluate, in_axes=(None, None, 0)))(logits, masks, actions)
+    entropy, got = np.asarray(got.entropy), jax.tree.map(np.asarray, got)
     np.testing.assert_allclose(got.log_prob, log_probs, rtol=1e-6)
     for op in Op:
         chosen = np.flatnonzero(np.asarray(actions.op) == op)
@@ -204,12 +206,12 @@ def test_log_prob_is_the_sum_over_relevant_heads(draws):
         np.testing.assert_allclose(got.log_prob[chosen], total, rtol=1e-4, atol=1e-5)
     # WAIT reads the op head alone, so its entropy is that head's; it is not thinned out by the seven others.
     wait = np.flatnonzero(np.asarray(actions.op) == Op.WAIT)[0]
-    np.testing.assert_allclose(got.entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6)
+    np.testing.assert_allclose(entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6)
 
 
 def test_deterministic_takes_the_first_of_the_likeliest_legal_choices():
     logits = {head: jnp.zeros_like(x) for head, x in random_logits(np.random.default_rng(0)).items()}
-    choose = jax.jit(partial(policy.sample, deterministic=True))
+    choose = probes.jit(partial(policy.sample, deterministic=True))
     logits["op"] = jnp.array([0.0, 2.0, 1.0, 3.0, 0.0, 2.0])  # PRUNE is likeliest, but illegal
     masks = all_legal().replace(op=jnp.array([1, 1, 1, 0, 1, 1], bool), blueprint=jnp.arange(13) >= 4)
     for seed in range(3):
@@ -226,7 +228,7 @@ def test_a_row_without_any_legal_choice_stays_finite():
         out = policy.evaluate(logits, masks, action)
         return out.log_prob + out.entropy
 
-    value, grads = jax.jit(jax.value_and_grad(total))(logits)
+    value, grads = probes.jit(jax.value_and_grad(total))(logits)
     chex.assert_tree_all_finite((value, grads))
 
 
@@ -245,7 +247,7 @@ def test_controller(params):
         action, log_prob = policy.sample(key, out.logits, all_legal())
         return carry, action, Extras(log_prob, out.value)
 
-    actual, expected = (jax.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
+    actual, expected = (probes.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
     chex.assert_tree_shape_prefix(actual, (4,))
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(actual[1]))
