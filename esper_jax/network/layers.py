@@ -59,7 +59,8 @@ def from_tiles(features: Array) -> Array:
 def uniform_fan_in(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
     """f32 uniform in +-1/sqrt(fan_in), PyTorch's default for convolutions and linear layers."""
     bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    # drawn flat: a draw of several axes takes XLA many times longer to compile
+    return jax.random.uniform(key, (math.prod(shape),), jnp.float32, -bound, bound).reshape(shape)
 
 
 def conv_init(key: Array, size: int, c: int, o: int) -> Array:
@@ -81,8 +82,13 @@ def patches(x: Array, size: int) -> Array:
     return jnp.concatenate(parts).reshape(size * size * c, h * w * n)
 
 
+@jax.custom_vjp
 def conv_tile(x: Array, kernel: Array) -> Array:
-    """Same-size convolution of one tile, no bias: `[C, H, W, N]`, `[k, k, C, O]` to `[O, H, W, N]`."""
+    """Same-size convolution of one tile, no bias: `[C, H, W, N]`, `[k, k, C, O]` to `[O, H, W, N]`.
+
+    Its backward pass makes the slices again instead of keeping them, and finds the input's gradient by a convolution with
+    the flipped kernel.
+    """
     size, _, c, o = kernel.shape
     product = lax.dot_general(
         kernel.reshape(size * size * c, o).astype(x.dtype),
@@ -91,6 +97,20 @@ def conv_tile(x: Array, kernel: Array) -> Array:
         preferred_element_type=jnp.float32,
     )
     return product.reshape(o, *x.shape[1:]).astype(x.dtype)
+
+
+def conv_tile_backward(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
+    """Gradients of `conv_tile` by its input `[C, H, W, N]` and kernel f32 `[k, k, C, O]`, given `d_y [O, H, W, N]`."""
+    size, _, _, o = kernel.shape
+    contract_last = (((1,), (1,)), ((), ()))
+    d_kernel = lax.dot_general(patches(x, size), d_y.reshape(o, -1), contract_last, preferred_element_type=jnp.float32)
+    return conv_tile(d_y, kernel[::-1, ::-1].swapaxes(2, 3)), d_kernel.reshape(kernel.shape)
+
+
+conv_tile.defvjp(
+    lambda x, kernel: (conv_tile(x, kernel), (x, kernel)),
+    lambda residuals, d_y: conv_tile_backward(*residuals, d_y),
+)
 
 
 def depthwise_tile(x: Array, kernel: Array) -> Array:
@@ -284,23 +304,6 @@ def _block_backward(pool, residuals, cotangents):
 
 
 _block.defvjp(_block_forward, _block_backward)
-
-
-def conv_tile_backward(x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
-    """Gradients of `conv_tile` by its input `[C, H, W, N]` and kernel `[k, k, C, O]`, given `d_y [O, H, W, N]`."""
-    size, _, c, o = kernel.shape
-    _, h, w, n = x.shape
-    flat = d_y.reshape(o, h * w * n)
-    contract_last = (((1,), (1,)), ((), ()))
-    d_kernel = lax.dot_general(patches(x, size), flat, contract_last, preferred_element_type=jnp.float32)
-    d_patches = (kernel.reshape(size * size * c, o).astype(x.dtype) @ flat).reshape(size, size, c, h, w, n)
-    pad = size // 2
-    d_padded = sum(
-        jnp.pad(d_patches[i, j], ((0, 0), (i, size - 1 - i), (j, size - 1 - j), (0, 0)))
-        for i in range(size)
-        for j in range(size)
-    )
-    return d_padded[:, pad : pad + h, pad : pad + w], d_kernel.reshape(kernel.shape)
 
 
 # --- read-out --------------------------------------------------------------------------------------------------------
