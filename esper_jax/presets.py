@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from esper_jax.config import Config, DataConfig, HostConfig, PPOConfig, TrainingConfig
+from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
 
 HOSTS = {
     # channels after the blocks: 8, 16, 32; 6,418 parameters
@@ -20,7 +20,9 @@ HOSTS = {
 PRESETS = {
     "smoke": Config(
         data=DataConfig(image_size=8, train_limit=2048, validation_size=256, test_limit=512),
-        training=TrainingConfig(epochs=12, batches_per_epoch=4, batch_size=64),
+        training=TrainingConfig(epochs=16, batches_per_epoch=16, batch_size=64),
+        # fewer kinds of seeds compile faster
+        lifecycle=LifecycleConfig(blueprints=("conv_light", "attention", "norm", "conv_heavy")),
         ppo=PPOConfig(anneal_rounds=2),
         n_envs=8,
         rounds=2,

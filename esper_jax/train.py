@@ -31,6 +31,7 @@ from esper_jax.devices import EACH, SAME
 from esper_jax.env import observation
 from esper_jax.env.environment import StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
+from esper_jax.network.blueprints import CNN
 from esper_jax.types import Action, Array, Controller, Masks
 
 POLICY = "policy"
@@ -97,13 +98,20 @@ class Train(NamedTuple):
 
 
 def default_controllers(cfg: Config) -> dict[str, Controller]:
-    """The rules that a learned policy has to beat."""
+    """The rules that a learned policy has to beat, with the blueprints that the configuration offers."""
+    offered = [name for name in cfg.lifecycle.blueprints if name != "noop"]
+    largest = max(offered, key=lambda name: CNN[name].param_count(cfg.host.widths[-1]))
+    rotation = tuple(name for name in heuristic.HeuristicConfig().rotation if name in offered)
     return {
         "never": baselines.never(),
         "random": baselines.random(),
-        "eager": baselines.eager(lifecycle=cfg.lifecycle),
-        "periodic": baselines.periodic(lifecycle=cfg.lifecycle),
-        "heuristic": heuristic.make_controller(),
+        "eager": baselines.eager(largest, lifecycle=cfg.lifecycle),
+        "periodic": baselines.periodic(
+            blueprint="conv_light" if "conv_light" in offered else largest, lifecycle=cfg.lifecycle
+        ),
+        "heuristic": heuristic.make_controller(
+            heuristic.HeuristicConfig(rotation=rotation or (largest,), available=tuple(offered))
+        ),
     }
 
 

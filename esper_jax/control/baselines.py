@@ -61,7 +61,7 @@ def random() -> Controller:
 def eager(blueprint: str = "conv_heavy", *, lifecycle: LifecycleConfig = LifecycleConfig()) -> Controller:
     """Grows everywhere at once: a seed in every empty slot, taken to fossilisation as fast as the gates allow.
 
-    One op per epoch; first what finishes a seed, then what starts one. Blends by linear ADD, fast, to alpha 1; never
+    One op per epoch; first what starts a seed, then what finishes one. Blends by linear ADD, fast, to alpha 1; never
     prunes. `lifecycle` is the environment's, whose gates decide when a seed is ready.
 
     Raises:
@@ -71,7 +71,7 @@ def eager(blueprint: str = "conv_heavy", *, lifecycle: LifecycleConfig = Lifecyc
 
     def act(key: Array, carry: tuple, obs: Observation) -> tuple[tuple, Action, Extras]:
         del key
-        return carry, _nurse(obs, germination, True, lifecycle), Extras()
+        return carry, _nurse(obs, germination, True, lifecycle, germinate_first=True), Extras()
 
     return Controller(init=lambda key: (), act=act)
 
@@ -113,17 +113,25 @@ def _germination(blueprint: str, lifecycle: LifecycleConfig) -> Action:
     )
 
 
-def _nurse(obs: Observation, germination: Action, may_germinate: Array | bool, cfg: LifecycleConfig) -> Action:
-    """The first legal of: fossilise a seed, advance one, germinate; lowest slot first, no gate that will fail."""
+def _nurse(
+    obs: Observation,
+    germination: Action,
+    may_germinate: Array | bool,
+    cfg: LifecycleConfig,
+    germinate_first: bool = False,
+) -> Action:
+    """The first legal of: fossilise a seed, advance one, germinate (or germinate before the others); lowest slot first,
+    no gate that will fail."""
     masks = obs.masks
     ready = stages.gate(obs.slots, cfg).passed
     heads = ("blueprint", "style", "tempo", "alpha_target")
     offered = jnp.stack([getattr(masks, head)[getattr(germination, head)] for head in heads]).all()
-    requests = (  # a later one overrides
-        (germination, masks.slot_by_op[Op.GERMINATE] & offered & may_germinate),
+    start = (germination, masks.slot_by_op[Op.GERMINATE] & offered & may_germinate)
+    finish = (
         (Action(op=jnp.int32(Op.ADVANCE)), masks.slot_by_op[Op.ADVANCE] & ready),
         (Action(op=jnp.int32(Op.FOSSILIZE)), masks.slot_by_op[Op.FOSSILIZE] & ready),
     )
+    requests = (*finish, start) if germinate_first else (start, *finish)  # a later one overrides
     action = Action()
     for request, where in requests:
         request = request.replace(slot=jnp.argmax(where).astype(jnp.int32))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from esper_jax.config import Config
 from esper_jax.data import Dataset, epoch_batches, normalise, train_batch
@@ -27,7 +28,7 @@ from esper_jax.env.governor import GovernorState, Snapshot
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.env.tracker import TrackerState
 from esper_jax.lifecycle import masks, operations, stages
-from esper_jax.network import blueprints, cnn, morphogenetic, seed_bank, slots
+from esper_jax.network import cnn, morphogenetic, seed_bank, slots
 from esper_jax.network.morphogenetic import Model
 from esper_jax.types import Action, Array, Observation, Op, Signals, SlotState, Stage
 
@@ -122,6 +123,8 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         raise ValueError(f"TrainingConfig.batch_size = {cfg.training.batch_size}: must be at most {train_size} images")
     if weights is None:
         weights = RewardWeights.from_config(cfg.reward, cfg.ppo.gamma, cfg.lifecycle.min_prune_age)
+    offered = tuple(cfg.lifecycle.blueprints)
+    kinds = seed_bank.table(offered)
     horizon = cfg.training.epochs
     configurations = attribution.configurations(n_slots)
     random_guess_loss = math.log(classes)
@@ -135,15 +138,15 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
 
     def seed_params(state: SlotState) -> Array:
         """i32[S]: parameters of the seed in each slot, with its gate."""
-        kinds = seed_bank.kind_of(state.blueprint)
+        number = seed_bank.kind_of(state.blueprint, offered)
         sizes = [
-            jnp.asarray(seed_bank.param_counts(blueprints.CNN, w))[kinds[s]] + slots.gate_size(w) * state.has_gate[s]
+            jnp.asarray(seed_bank.param_counts(kinds, w))[number[s]] + slots.gate_size(w) * state.has_gate[s]
             for s, w in enumerate(cfg.host.slot_widths)
         ]
         return jnp.where(stages.is_active(state.stage), jnp.stack(sizes), 0)
 
     def init(key: Array) -> EnvState:
-        model = morphogenetic.init(key, cfg.host, channels=channels, classes=classes)
+        model = morphogenetic.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
         state = stages.empty(n_slots)
         watch = tracker.init(cfg.tracker)
         guess = 100.0 / classes
@@ -200,17 +203,18 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         outcome = outcome.replace(legal=outcome.legal & permitted, success=outcome.success & permitted)
 
         seeds = []
-        kind = seed_bank.kind_of(request.blueprint)
+        number = seed_bank.kind_of(request.blueprint, offered)
         for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True)):
             seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
-            fresh = seed_bank.germinate(seed_key, blueprints.CNN, w, kind)
+            fresh = seed_bank.germinate(seed_key, kinds, w, number)
             params = jnp.where(outcome.germinated[s], fresh, seed.params)
             gate = jnp.where(outcome.gate_created[s], slots.gate_init(gate_key, w), seed.gate)
             seeds.append(seed.replace(params=params, gate=gate))
         model = state.model.replace(seeds=tuple(seeds))
         optimiser = training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
         # a seed's weights were validated just before it was fossilised: keep them as they are now
-        kept = governor.admit_fossils(state.kept, model, after)
+        fossilised = outcome.success & (outcome.op == Op.FOSSILIZE)
+        kept = lax.cond(fossilised, governor.admit_fossils, lambda kept, model, slots: kept, state.kept, model, after)
         after = stages.tick(after, cfg.lifecycle)
         return state.replace(model=model, optimiser=optimiser, slots=after, kept=kept), outcome
 
@@ -234,10 +238,12 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         watch, verdict = governor.check(
             state.governor, measured.loss, cfg=cfg.governor, random_guess_loss=random_guess_loss
         )
-        due = (state.epoch % cfg.governor.snapshot_epochs == 0) | new_fossil
-        fresh = governor.snapshot(state.model, state.slots)
-        kept = governor.select(verdict.accepted & due, fresh, state.kept)
-        model, restored = governor.rollback(kept, state.model, state.slots, verdict.panic)
+        due = verdict.accepted & ((state.epoch % cfg.governor.snapshot_epochs == 0) | new_fossil)
+        renew = lambda kept, model, slots: governor.snapshot(model, slots)
+        kept = lax.cond(due, renew, lambda kept, model, slots: kept, state.kept, state.model, state.slots)
+        model, restored = lax.cond(
+            verdict.panic, governor.rollback, lambda kept, model, slots: (model, slots), kept, state.model, state.slots
+        )
         nobody = jnp.zeros(n_slots, bool)
         state = state.replace(
             governor=governor.select(verdict.panic, governor.after_rollback(watch), watch),
@@ -333,7 +339,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         state, outcome = act(germination_key, state, action)
         acted = state.slots
         state, metrics = train(train_key, state)
-        live = morphogenetic.live_slots(state.slots)
+        live = morphogenetic.live_slots(state.model, state.slots)
         measured = measure(state.model, state.slots, dataset.validation)
         worth = attribution.attribute(measured.table, configurations, live)
         fossilised = outcome.success & (outcome.op == Op.FOSSILIZE)

@@ -48,7 +48,7 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
     weights = jnp.asarray(index < total, jnp.float32)
     index = jnp.asarray(np.minimum(index, total - 1))
 
-    live = morphogenetic.live_slots(state)
+    live = morphogenetic.live_slots(model, state)
     if n_slots <= attribution.MAX_TABLE_SLOTS:
         position, count = morphogenetic.distinct_configurations(live)
         main = count - 1

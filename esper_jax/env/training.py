@@ -19,7 +19,7 @@ from jax import lax
 
 from esper_jax.config import TrainingConfig
 from esper_jax.lifecycle import stages
-from esper_jax.network import blueprints, morphogenetic, seed_bank
+from esper_jax.network import morphogenetic, seed_bank
 from esper_jax.network.morphogenetic import Model
 from esper_jax.network.slots import SeedVars
 from esper_jax.types import Array, SlotState, Stage
@@ -221,7 +221,8 @@ def record_gradients(state: SlotState, metrics: EpochMetrics, host_params: int) 
 
 def _seed_statistics(grads: SeedVars, blueprint: Array, has_gate: Array) -> tuple[Array, ...]:
     """Norm, number of elements, health, any vanishing, any exploding, of one seed's gradient with its gate's."""
-    ids, tensors = seed_bank.tensor_ids(blueprints.CNN, grads.width, seed_bank.kind_of(blueprint))
+    kind = seed_bank.kind_of(blueprint, grads.blueprints)
+    ids, tensors = seed_bank.tensor_ids(seed_bank.table(grads.blueprints), grads.width, kind)
     member = ids[:, None] == jnp.arange(tensors)
     squares = jnp.where(member, jnp.square(grads.params)[:, None], 0).sum(0)
     present = member.any(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import alpha, masks, stages
@@ -78,19 +79,17 @@ def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleC
     had_gate = slots.has_gate
 
     effects = {
-        Op.GERMINATE: lambda where: _germinate(slots, where, request, accuracy),
-        Op.SET_ALPHA_TARGET: lambda where: _set_alpha_target(slots, where, request),
-        Op.PRUNE: lambda where: _prune(slots, where, request),
-        Op.FOSSILIZE: lambda where: _fossilize(slots, where),
-        Op.ADVANCE: lambda where: _advance(slots, where, cfg),
+        Op.WAIT: lambda slots, where: slots,
+        Op.GERMINATE: lambda slots, where: stages.select(where, _germinate(slots, where, request, accuracy), slots),
+        Op.SET_ALPHA_TARGET: lambda slots, where: _set_alpha_target(slots, where, request),
+        Op.PRUNE: lambda slots, where: _prune(slots, where, request),
+        Op.FOSSILIZE: _fossilize,
+        Op.ADVANCE: lambda slots, where: _advance(slots, where, cfg),
     }
-    after = slots
-    for op, effect in effects.items():
-        where = done & (request.op == op)
-        after = stages.select(where, effect(where), after)
-
     legal = allowed.any() | (request.op == Op.WAIT)
     success = done.any() | (request.op == Op.WAIT)
+    # a branch per op: as selects, the predicates of all ops would be computed again for each of the many leaves
+    after = lax.switch(jnp.where(success, request.op, Op.WAIT), [effects[op] for op in Op], slots, done)
     gated = allowed & asks_gate
     return after, Outcome(
         op=jnp.where(success, request.op, Op.WAIT),
@@ -102,6 +101,9 @@ def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleC
         germinated=done & (request.op == Op.GERMINATE),
         gate_created=after.has_gate & ~had_gate,
     )
+
+
+# Effects on the slots in `where` (bool[S]), for which the op is legal.
 
 
 def _germinate(slots: SlotState, where: Array, request: Request, accuracy: Array) -> SlotState:

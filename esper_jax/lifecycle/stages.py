@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import alpha
@@ -73,7 +74,7 @@ def frozen(slots: SlotState) -> Array:
 def empty(n_slots: int) -> SlotState:
     """Records of empty slots."""
     zero, count, no = jnp.zeros(n_slots), jnp.zeros(n_slots, jnp.int32), jnp.zeros(n_slots, bool)
-    return SlotState(
+    record = SlotState(
         stage=jnp.full(n_slots, Stage.DORMANT, jnp.int32),
         previous_stage=jnp.full(n_slots, Stage.DORMANT, jnp.int32),
         epochs_in_stage=count,
@@ -91,6 +92,8 @@ def empty(n_slots: int) -> SlotState:
             **{name: zero for name in _FLOAT_METRICS}, **{name: no for name in _FLAGS}, contribution_age=count
         ),
     )
+    # strong types, as the other functions return them
+    return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), record)
 
 
 _FLOAT_METRICS = (
@@ -235,11 +238,16 @@ def tick(slots: SlotState, cfg: LifecycleConfig) -> SlotState:
     stage = slots.stage
     ramps, reached = alpha.tick(slots.alpha, stage == Stage.BLENDING)
     slots = slots.replace(alpha=ramps)
-    slots = prune_now(slots, reached & (ramps.target <= alpha.TOLERANCE))
-
+    finished = reached & (ramps.target <= alpha.TOLERANCE)
+    slots = lax.cond(finished.any(), prune_now, lambda slots, where: slots, slots, finished)
     # cooldown looks at the stage before this tick, so a slot pruned just now stays PRUNED until the next one
-    cooling = is_in(stage, (Stage.EMBARGOED, Stage.RESETTING))
-    slots = slots.replace(epochs_in_stage=slots.epochs_in_stage + cooling, epochs_total=slots.epochs_total + cooling)
+    cooling = is_in(stage, COOLDOWN).any()
+    return lax.cond(cooling, lambda slots: _cool_down(slots, stage, cfg), lambda slots: slots, slots)
+
+
+def _cool_down(slots: SlotState, stage: Array, cfg: LifecycleConfig) -> SlotState:
+    counting = is_in(stage, (Stage.EMBARGOED, Stage.RESETTING))
+    slots = slots.replace(epochs_in_stage=slots.epochs_in_stage + counting, epochs_total=slots.epochs_total + counting)
     slots = enter(slots, stage == Stage.PRUNED, Stage.EMBARGOED)
     slots = enter(slots, (stage == Stage.EMBARGOED) & (slots.epochs_in_stage >= cfg.embargo_epochs), Stage.RESETTING)
     over = (stage == Stage.RESETTING) & (slots.epochs_in_stage >= RESETTING_TICKS)

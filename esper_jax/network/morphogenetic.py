@@ -12,9 +12,9 @@ from flax import struct
 from jax import lax
 
 from esper_jax.config import HostConfig
-from esper_jax.network import blueprints, cnn, seed_bank, slots
+from esper_jax.network import cnn, seed_bank, slots
 from esper_jax.network.slots import Controls, SeedVars
-from esper_jax.types import Array, SlotState
+from esper_jax.types import CNN_BLUEPRINTS, Array, SlotState
 
 
 @struct.dataclass
@@ -24,11 +24,23 @@ class Model:
     host: cnn.HostVars
     seeds: tuple[SeedVars, ...]  # one per slot, in the order of the forward pass
 
+    @property
+    def blueprints(self) -> tuple[str, ...]:
+        """Kinds of seeds that the slots can hold."""
+        return self.seeds[0].blueprints
 
-def init(key: Array, cfg: HostConfig, *, channels: int = 3, classes: int = 10) -> Model:
-    """A new host with empty slots."""
-    size = lambda width: seed_bank.packed_size(blueprints.CNN, width)
-    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(slots.gate_size(w)), w) for w in cfg.slot_widths)
+
+def init(
+    key: Array,
+    cfg: HostConfig,
+    *,
+    blueprints: tuple[str, ...] = CNN_BLUEPRINTS,
+    channels: int = 3,
+    classes: int = 10,
+) -> Model:
+    """A new host with empty slots that can hold the named kinds of seeds."""
+    size = lambda width: seed_bank.packed_size(seed_bank.table(blueprints), width)
+    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(slots.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
     return Model(cnn.init(key, cfg, channels=channels, classes=classes), seeds)
 
 
@@ -54,14 +66,14 @@ def forward(
     `alpha_override` f32[S] replaces the slots' alphas (NaN keeps one); vmap over `[K, S]` evaluates K configurations.
     The features are computed in the dtype of `x`.
     """
-    functions = _slot_functions(model, slots.controls(state, alpha_override))
+    functions = _slot_functions(model, slots.controls(state, model.blueprints, alpha_override))
     logits, host = cnn.apply(model.host, x, train=train, slots=functions, tile_pixels=tile_pixels)
     return logits, model.replace(host=host)
 
 
-def live_slots(state: SlotState) -> Array:
+def live_slots(model: Model, state: SlotState) -> Array:
     """bool[S]: slots whose alpha matters, that is with a seed in the forward pass and alpha above 0."""
-    controls = slots.controls(state)
+    controls = slots.controls(state, model.blueprints)
     return (controls.kind > 0) & (controls.alpha > 0)
 
 
@@ -87,8 +99,8 @@ def forward_all_configurations(model: Model, state: SlotState, tile: Array) -> A
     cost 1 + 2 + 4 blocks and one final read-out each, not 8 networks, and a host without live slots one pass. Rows
     beyond the number of different patterns are undefined; `distinct_configurations` says which row is which pattern.
     """
-    controls = slots.controls(state)
-    live = live_slots(state)
+    controls = slots.controls(state, model.blueprints)
+    live = live_slots(model, state)
     slot_of_block = {block: s for s, block in enumerate(model.host.cfg.slot_blocks)}
     features, count = tile[None], jnp.int32(1)  # features of the different patterns so far, and how many there are
 

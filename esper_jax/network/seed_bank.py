@@ -22,21 +22,27 @@ from esper_jax.types import BLUEPRINTS, Array
 # --- packed parameters -----------------------------------------------------------------------------------------------
 
 
-def kind_of(blueprint: Array) -> Array:
-    """i32: position in the table of CNN blueprints of an index into BLUEPRINTS; 0 (noop) for none."""
-    names = list(blueprints.CNN)
-    positions = [names.index(name) if name in names else 0 for name in BLUEPRINTS]
-    return jnp.where(blueprint < 0, 0, jnp.asarray(positions)[jnp.maximum(blueprint, 0)])
+def table(names: tuple[str, ...]) -> tuple[Blueprint, ...]:
+    """What the numbers 0, 1, 2, ... of the seeds' kinds stand for: noop, then the named blueprints."""
+    return tuple(blueprints.CNN[name] for name in ("noop", *(name for name in names if name != "noop")))
 
 
-def param_counts(table: dict[str, Blueprint], width: int) -> np.ndarray:
+def kind_of(blueprint: Array, names: tuple[str, ...]) -> Array:
+    """i32: number in `table(names)` of an index into BLUEPRINTS; 0 (noop) for none and for one that is not in it."""
+    numbers = [0] * len(BLUEPRINTS)
+    for number, name in enumerate((name for name in names if name != "noop"), start=1):
+        numbers[BLUEPRINTS.index(name)] = number
+    return jnp.where(blueprint < 0, 0, jnp.asarray(numbers)[jnp.maximum(blueprint, 0)])
+
+
+def param_counts(kinds: tuple[Blueprint, ...], width: int) -> np.ndarray:
     """`i32[kinds]`: parameters of each blueprint."""
-    return np.array([blueprint.param_count(width) for blueprint in table.values()], np.int32)
+    return np.array([blueprint.param_count(width) for blueprint in kinds], np.int32)
 
 
-def packed_size(table: dict[str, Blueprint], width: int) -> int:
+def packed_size(kinds: tuple[Blueprint, ...], width: int) -> int:
     """Length of a slot's parameter vector: that of the largest blueprint at this width."""
-    return max(blueprint.param_count(width) for blueprint in table.values())
+    return int(param_counts(kinds, width).max())
 
 
 def pack(params: dict[str, Array], size: int) -> Array:
@@ -55,35 +61,35 @@ def unpack(blueprint: Blueprint, width: int, vector: Array) -> dict[str, Array]:
     return params
 
 
-def _by_tensor(table: dict[str, Blueprint], width: int, value: Callable, fill: float) -> np.ndarray:
+def _by_tensor(kinds: tuple[Blueprint, ...], width: int, value: Callable, fill: float) -> np.ndarray:
     """`f32[kinds, tensors]`: a number for each parameter tensor of each blueprint, `fill` where there is none."""
-    rows = [[value(initial) for initial in blueprint.spec(width).values()] for blueprint in table.values()]
+    rows = [[value(initial) for initial in blueprint.spec(width).values()] for blueprint in kinds]
     out = np.full((len(rows), max(map(len, rows))), fill, np.float32)
     for k, row in enumerate(rows):
         out[k, : len(row)] = row
     return out
 
 
-def tensor_ids(table: dict[str, Blueprint], width: int, kind: Array) -> tuple[Array, Array]:
-    """Which tensor of blueprint number `kind` (i32[]) each element belongs to, i32[packed_size], and how many tensors any
+def tensor_ids(kinds: tuple[Blueprint, ...], width: int, kind: Array) -> tuple[Array, Array]:
+    """Which tensor of number `kind` (i32[]) of the kinds each element belongs to, i32[packed_size], and how many tensors any
     blueprint has, int; an element behind the blueprint's last tensor gets that number.
 
     Computed from the few sizes: a table with a row per kind and a column per element would be megabytes of constants.
     """
-    sizes = _by_tensor(table, width, lambda initial: initial.size, 0)
+    sizes = _by_tensor(kinds, width, lambda initial: initial.size, 0)
     ends = jnp.asarray(np.cumsum(sizes, 1), jnp.int32)[kind]
-    element = jnp.arange(packed_size(table, width))
+    element = jnp.arange(packed_size(kinds, width))
     number = (element[:, None] >= ends).sum(1)
     return jnp.where(element < ends[-1], number, sizes.shape[1]), sizes.shape[1]
 
 
-def germinate(key: Array, table: dict[str, Blueprint], width: int, kind: Array) -> Array:
-    """A fresh vector for blueprint number `kind` (i32[]) of the table, `f32[packed_size]`; one draw serves all kinds."""
-    ids, tensors = tensor_ids(table, width, kind)
+def germinate(key: Array, kinds: tuple[Blueprint, ...], width: int, kind: Array) -> Array:
+    """A fresh vector for number `kind` (i32[]) of the kinds, `f32[packed_size]`; one draw serves all kinds."""
+    ids, tensors = tensor_ids(kinds, width, kind)
     used = ids < tensors
     ids = jnp.minimum(ids, tensors - 1)
-    low = jnp.asarray(_by_tensor(table, width, lambda initial: initial.low, 0))[kind][ids]
-    high = jnp.asarray(_by_tensor(table, width, lambda initial: initial.high, 0))[kind][ids]
+    low = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.low, 0))[kind][ids]
+    high = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.high, 0))[kind][ids]
     return jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape), 0)
 
 

@@ -34,20 +34,21 @@ class SeedVars:
     params: Array  # f32[P] packed parameters of the seed, see seed_bank
     gate: Array  # f32[G] packed parameters of the gate network
     width: int = struct.field(pytree_node=False)  # channels of the slot
+    blueprints: tuple[str, ...] = struct.field(pytree_node=False)  # kinds of seeds it can hold; only these are compiled
 
 
 @struct.dataclass
 class Controls:
     """How each slot acts on the features, read off the lifecycle record by `controls`."""
 
-    kind: Array  # i32[S] 0 = passes features through; otherwise the position in the table of blueprints
+    kind: Array  # i32[S] 0 = passes features through; otherwise the number in seed_bank.table
     mode: Array  # i32[S] STRAIGHT_THROUGH, ADD, MULTIPLY or GATE
     alpha: Array  # f32[S]
     isolate: Array  # bool[S]
 
 
-def controls(slots: SlotState, alpha_override: Array | None = None) -> Controls:
-    """What the lifecycle record means for the forward pass.
+def controls(slots: SlotState, names: tuple[str, ...], alpha_override: Array | None = None) -> Controls:
+    """What the lifecycle record means for the forward pass of slots that can hold the named blueprints.
 
     A slot acts in TRAINING, BLENDING, HOLDING and FOSSILIZED. With `alpha_override` (f32[S], NaN = keep) a slot blends at
     that alpha, also in TRAINING.
@@ -63,7 +64,7 @@ def controls(slots: SlotState, alpha_override: Array | None = None) -> Controls:
     algorithm = jnp.where(slots.algorithm == AlphaAlgorithm.NONE, AlphaAlgorithm.ADD, slots.algorithm)
     blending = algorithm - AlphaAlgorithm.ADD + ADD
     mode = jnp.where(straight, STRAIGHT_THROUGH, blending)
-    kind = jnp.where(acts, seed_bank.kind_of(slots.blueprint), 0)
+    kind = jnp.where(acts, seed_bank.kind_of(slots.blueprint, names), 0)
     return Controls(kind, mode, jnp.clip(alpha, 0, 1), slots.isolate | straight)
 
 
@@ -147,13 +148,13 @@ def _branches(blueprint):
 
 
 @cache
-def _slot_switch(table: tuple):
-    """The differentiable switch over "no seed" and the blueprints of a table behind its first (noop)."""
+def _slot_switch(kinds: tuple[blueprints.Blueprint, ...]):
+    """The differentiable switch over "no seed" (in place of noop) and the other kinds."""
     forward = [lambda mode, alpha, isolate, params, gate, tiles: tiles]
     backward = [
         lambda g, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)
     ]
-    for blueprint in table[1:]:
+    for blueprint in kinds[1:]:
         one_forward, one_backward = _branches(blueprint)
         forward.append(one_forward)
         backward.append(one_backward)
@@ -165,5 +166,5 @@ def apply_slot(control: Controls, seed: SeedVars, tiles: Array) -> Array:
 
     Differentiable in `seed` and `tiles`; sparse under vmap. An empty slot returns its input.
     """
-    run = _slot_switch(tuple(blueprints.CNN.values()))
+    run = _slot_switch(seed_bank.table(seed.blueprints))
     return run(control.kind, control.mode, control.alpha, control.isolate, seed.params, seed.gate, tiles)
