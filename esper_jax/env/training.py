@@ -132,8 +132,8 @@ def train_batch(
     (loss, (stats, correct)), (host_grads, seed_grads) = jax.value_and_grad(objective, has_aux=True)(trained)
 
     has_gradient = seeds_with_gradient(state)
-    host_norm = optax.global_norm(host_grads)
-    seed_norms = [jnp.where(has_gradient[s], optax.global_norm(g), 0.0) for s, g in enumerate(seed_grads)]
+    host_norm = optax.tree.norm(host_grads)
+    seed_norms = [jnp.where(has_gradient[s], optax.tree.norm(g), 0.0) for s, g in enumerate(seed_grads)]
     norm = jnp.sqrt(host_norm**2 + sum(n**2 for n in seed_norms))
     joint = cfg.clip_scope == "joint"
     scale = lambda tree, own: jax.tree.map(lambda g: g * clip_factor(norm if joint else own, cfg.clip_norm), tree)

@@ -96,11 +96,11 @@ def test_random_is_uniform():
 def test_eager_fills_every_slot():
     obs, action, outcome, slots = play(B.eager())
     assert legal(obs, action).all() and outcome.success.all()
-    # A seed takes G(erminate), A(dvance) and, after an epoch of training, A; its ramp has three ticks, the first in the
-    # epoch of that A, so the third A comes three decisions later, and then F(ossilize). Slot 1 starts in the first
-    # epoch without work, decision 3, and has its second A put off by slot 0's third A and F; likewise slot 2.
-    assert "".join(name[0] for name in names(action)).rstrip("W") == "GAAGAAFAGAAFAWWAF"
-    assert action.slot[:17].tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 2, 2, 1, 1, 2, 0, 0, 2, 2]
+    # First a G(erminate) in every slot. A seed then takes A(dvance) and, after an epoch of training, A; its ramp has three
+    # ticks, the first in the epoch of that A, so the third A comes three decisions later, and then F(ossilize). Between
+    # slot 0's second and third A there is room for two of slot 1; those of slot 2 wait until slots 0 and 1 are finished.
+    assert "".join(name[0] for name in names(action)).rstrip("W") == "GGGAAAAAFAFAAWWAF"
+    assert action.slot[:17].tolist() == [0, 1, 2, 0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 0, 0, 2, 2]
     assert (slots.stage[-1] == Stage.FOSSILIZED).all()
     germinate = action.op == Op.GERMINATE
     assert (action.blueprint[germinate] == BLUEPRINTS.index("conv_heavy")).all()
@@ -117,7 +117,8 @@ def test_eager_does_not_ask_for_what_a_gate_or_a_limit_refuses():
     )
     ask = lambda cfg: B.eager(lifecycle=cfg).act(None, (), observe(slots, 5, cfg))[1]
     asked = lambda cfg: (lambda action: (int(action.op), int(action.slot)))(jax.jit(ask, static_argnums=0)(cfg))
-    assert asked(PERMISSIVE) == (Op.ADVANCE, 1)
+    assert asked(PERMISSIVE) == (Op.GERMINATE, 2)  # an empty slot comes first
+    assert asked(LifecycleConfig(max_seeds=2)) == (Op.ADVANCE, 1)
     assert asked(LifecycleConfig(permissive_gates=False)) == (Op.GERMINATE, 2)
     assert asked(LifecycleConfig(permissive_gates=False, max_seeds=2)) == (Op.WAIT, 0)
 

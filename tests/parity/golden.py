@@ -26,7 +26,8 @@ def cases(name: str) -> dict[str, dict[str, np.ndarray]]:
         for key in archive.files:
             case, _, rest = key.partition("/")
             out.setdefault(case, {})[rest] = archive[key]
-    return dict(sorted(out.items(), key=lambda item: int(item[0].removeprefix("case"))))
+    # by number; "common", which is no case, comes last
+    return dict(sorted(out.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def each_case(name: str, where=lambda case: True):

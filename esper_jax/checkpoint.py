@@ -1,0 +1,160 @@
+"""Checkpoints on disk or in memory-backed storage: the only file that imports Orbax (Esper's Simic).
+
+    save(folder, step, state, {"config": ...})
+    state, step = restore(folder, template, {"config": ...})
+
+A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape, dtype
+and SHA-256 of every leaf, and the facts that have to be the same when the state is used again. Any difference is one
+`CheckpointError` that names the first path and both values; nothing is ever restored in part. A checkpoint gets its name
+only once it is complete, so a process may die at any moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+FINGERPRINT = "fingerprint.json"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of something else; the message names the first difference."""
+
+
+def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, keep: int = 2) -> Path:
+    """Writes a state, then drops all but the newest `keep` checkpoints. Returns the checkpoint's folder.
+
+    Args:
+      state: any tree of arrays; typed PRNG keys are refused (raises CheckpointError), since runs derive keys from a seed.
+      meta: what JSON can hold and `restore` has to be given again, such as the configuration.
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = _arrays(jax.device_get(_checked(state)))
+    final, work = folder / f"step_{step:08d}", folder / f".writing_{step:08d}"
+    for leftover in folder.glob(".writing_*"):
+        shutil.rmtree(leftover)
+    work.mkdir()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(work / "state", _storable(arrays))
+        checkpointer.wait_until_finished()
+    fingerprint = {"step": step, "meta": _plain(meta), "leaves": {path: _facts(leaf) for path, leaf in arrays.items()}}
+    with open(work / FINGERPRINT, "w") as file:
+        json.dump(fingerprint, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)  # the checkpoint before it is still there
+    work.rename(final)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old:08d}")
+    return final
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: int | None = None) -> tuple[Any, int]:
+    """Reads a state back: by default the newest one.
+
+    Args:
+      template: a tree of arrays or `jax.ShapeDtypeStruct`s; leaves are put where its leaves are (`sharding`), if they
+        are anywhere.
+      meta: must equal what the state was saved with.
+
+    Raises CheckpointError at the first difference in step, meta, path, shape, dtype or content.
+    """
+    folder = Path(folder).absolute()
+    known = steps(folder)
+    if not known or (step is not None and step not in known):
+        wanted = "a checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"{folder}: {wanted} is not there (steps there: {', '.join(map(str, known)) or 'none'})")
+    step = known[-1] if step is None else step
+    place = folder / f"step_{step:08d}"
+    try:
+        stored = json.loads((place / FINGERPRINT).read_text())
+        recorded = stored["leaves"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{place / FINGERPRINT}: cannot be read: {error}") from None
+    _compare(place, "", stored["meta"], _plain(meta))
+    wanted = _leaves(template)
+    shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
+    _compare(place, "", {path: {"shape": f["shape"], "dtype": f["dtype"]} for path, f in recorded.items()}, shapes)
+
+    blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            read = checkpointer.restore(place / "state", _storable(blank)) if _storable(blank) else {}
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{place}: the stored arrays cannot be read: {reason}") from error
+    leaves = []
+    for number, (path, like) in enumerate(wanted.items()):
+        leaf = np.asarray(read.get(_key(number), blank[path]))
+        if _facts(leaf) != recorded[path]:
+            raise CheckpointError(f"{place}: {path} is not what was saved: its content has changed")
+        sharding = getattr(like, "sharding", None)
+        leaves.append(jax.device_put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+
+
+def _key(number: int) -> str:
+    return f"{number:05d}"
+
+
+def _storable(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Numbered leaves, so that no tree type or path has to be known to Orbax; it refuses arrays without elements."""
+    return {_key(number): leaf for number, leaf in enumerate(arrays.values()) if leaf.size}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def _arrays(tree: Any) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in _leaves(tree).items()}
+
+
+def _checked(state: Any) -> Any:
+    for path, leaf in _leaves(state).items():
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise CheckpointError(f"{path} is a PRNG key: a run is a function of its seed, so keys are never stored")
+    return state
+
+
+def _facts(leaf: np.ndarray) -> dict[str, Any]:
+    digest = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, so that a tuple equals the list that it becomes."""
+    return json.loads(json.dumps(meta))
+
+
+def _compare(place: Path, path: str, stored: Any, given: Any) -> None:
+    """Raises CheckpointError at the first difference of two JSON values."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for name in [*stored, *(name for name in given if name not in stored)]:
+            inner = f"{path}.{name}" if path else name
+            if name not in given:
+                raise CheckpointError(f"{place}: {inner} is in the checkpoint but not in what it is restored into")
+            if name not in stored:
+                raise CheckpointError(f"{place}: {inner} is not in the checkpoint")
+            _compare(place, inner, stored[name], given[name])
+    elif stored != given:
+        raise CheckpointError(f"{place}: {path} is {stored!r} in the checkpoint but {given!r} here")

@@ -1,0 +1,229 @@
+"""The files of a run: what compiled programs return, as arrays and rows (Esper's Nissa).
+
+    metrics.npz      rounds/<field> [R, E, T, ...], learner/<metric> [R], arms/<field> [A, E, T, ...], arms/names [A]
+    lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
+    outcomes.csv     one row per (arm, environment) of the comparison
+
+What was not measured is NaN in arrays with a `<field>_valid` array beside them, null in JSON, empty in CSV: never 0.
+Nothing here holds a time, so the same run writes the same bytes. The host loop calls this between compiled calls.
+
+Axis letters: R rounds, A arms, E environments, T epochs, S slots, K alpha configurations.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from esper_jax.train import Comparison, Metrics, Rollout
+from esper_jax.types import BLUEPRINTS, Op, PanicReason, Stage
+
+# The mask that says which entries of a field were measured; a field not listed always is.
+_MASK = {
+    "contribution": "contribution_valid",
+    "shapley": "shapley_valid",
+    "interaction": "interaction_valid",
+    "gradient_ratio": "gradient_valid",
+    "gradient_health": "gradient_valid",
+    "reward": "decision_valid",
+    "gate_passed": "gate_valid",
+}
+# Fields that only a decision has; the first epoch of an episode comes before any.
+_OF_DECISIONS = ("requested_op", "op", "slot", "legal", "success", "gate_level", "gate_passed", "reward", "value")
+
+
+def rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
+    """What episodes did, field by field `[E, T, ...]`; small integers as i8, unmeasured floats as NaN."""
+    info = jax.device_get(rollout.info)
+    fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
+    components = fields.pop("components")
+    fields |= {f"reward_{f.name}": getattr(components, f.name) for f in dataclasses.fields(components)}
+    fields |= {"reward": jax.device_get(rollout.reward), "value": jax.device_get(rollout.value)}
+    del fields["per_class"], fields["episode_over"]
+    arrays = {name: np.asarray(field) for name, field in fields.items()}
+    decisions = np.zeros(arrays["reward"].shape, bool)
+    decisions[:, 1:] = True
+    arrays |= {"decision_valid": decisions, "gate_valid": decisions & (arrays["gate_level"] >= 0)}
+    return {name: _clean(name, array, arrays) for name, array in arrays.items()}
+
+
+def _clean(name: str, array: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    if np.issubdtype(array.dtype, np.integer):
+        return array if name == "params" else array.astype(np.int8)
+    mask = "decision_valid" if name in _OF_DECISIONS or name.startswith("reward_") else None
+    mask = _MASK.get(name, mask)
+    if mask is None or array.dtype == bool:
+        return array
+    return np.where(arrays[mask], array, np.float32(np.nan))
+
+
+def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
+    """A round's arrays under the names that they have in metrics.npz, without the leading R."""
+    rows = {f"rounds/{name}": array for name, array in rollout_arrays(metrics.rollout).items()}
+    return rows | {f"learner/{name}": np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
+
+
+def arm_arrays(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
+    """The comparison's arrays with a leading A, in the order of `arms/names`."""
+    per_arm = []
+    for result in arms.values():
+        test = jax.device_get(result.test)
+        counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
+        arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
+        arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
+        arrays["test_per_class"] = np.where(test.per_class_valid, test.per_class, np.float32(np.nan))
+        per_arm.append(arrays)
+    stacked = {f"arms/{name}": np.stack([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
+    return {"arms/names": np.array(list(arms))} | stacked
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz that is either complete or absent; equal arrays give equal bytes."""
+    work = path.with_name(path.name + ".tmp")
+    with open(work, "wb") as file:
+        np.savez_compressed(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    work = path.with_name(path.name + ".tmp")
+    work.write_text(json.dumps(value, indent=2) + "\n")
+    work.replace(path)
+
+
+class RoundLog:
+    """A file per round, so that a run that was killed keeps the rounds it had done."""
+
+    def __init__(self, folder: Path, done: int = 0):
+        """Goes on after `done` rounds; what a killed run wrote beyond them is dropped, since it will be done again.
+
+        Raises FileNotFoundError if one of the rounds that count as done is missing.
+        """
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if not path.stem.isdecimal() or path.suffix != ".npz" or int(path.stem) >= done:
+                path.unlink()
+        for number in range(done):
+            if not self._path(number).exists():
+                raise FileNotFoundError(f"{self._path(number)}: missing, but the checkpoint says it was done")
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.npz"
+
+    def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
+        write_arrays(self._path(number), arrays)
+
+    def stacked(self) -> dict[str, np.ndarray]:
+        """Everything so far, with a leading R; empty before the first round."""
+        rounds = []
+        for path in sorted(self.folder.glob("*.npz")):
+            with np.load(path) as file:
+                rounds.append({name: file[name] for name in file.files})
+        return {name: np.stack([arrays[name] for arrays in rounds]) for name in rounds[0]} if rounds else {}
+
+
+OUTCOMES = (
+    "arm", "env", "test_accuracy", "test_loss", "test_committed_accuracy", "val_accuracy", "params", "params_ratio",
+    "germinated", "fossilised", "pruned", "rollbacks", "return",
+)  # fmt: skip
+
+
+def outcomes(metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """One row per (arm, environment) from the arrays of metrics.npz, with the columns `OUTCOMES`."""
+    arms = {name.removeprefix("arms/"): array for name, array in metrics.items() if name.startswith("arms/")}
+    rows = []
+    for a, arm in enumerate(arms["names"]):
+        for e in range(arms["test_accuracy"].shape[1]):
+            host = arms["params"][a, e, 0]  # before the first decision there is nothing else
+            row = {
+                "arm": str(arm),
+                "env": e,
+                "test_accuracy": arms["test_accuracy"][a, e],
+                "test_loss": arms["test_loss"][a, e],
+                "test_committed_accuracy": arms["test_committed"][a, e],
+                "val_accuracy": arms["val_accuracy"][a, e, -1],
+                "params": arms["params"][a, e, -1],
+                "params_ratio": arms["params"][a, e, -1] / host,
+                "return": np.nansum(arms["reward"][a, e]),
+            }
+            row |= {name: arms[name][a, e] for name in ("germinated", "fossilised", "pruned", "rollbacks")}
+            rows.append({name: row[name].item() if hasattr(row[name], "item") else row[name] for name in OUTCOMES})
+    return rows
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(row[name]) for name in columns})
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}" if np.isfinite(value) else ""
+    return value
+
+
+def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """What happened to the slots of the comparison's episodes, from the arrays of metrics.npz.
+
+    One row per slot whose stage changed in an epoch, and one per op that was asked for without changing its slot's stage
+    (refused, failed at its gate, or a new alpha target). `cause` is the op, `tick` (by itself) or `governor`. An op and
+    a tick in the same epoch can move a slot through two stages: `from` and `to` are those at the ends of epochs.
+    """
+    arms = {name.removeprefix("arms/"): array for name, array in metrics.items() if name.startswith("arms/")}
+    stage = arms["stage"]
+    before = np.concatenate([np.full_like(stage[:, :, :1], Stage.DORMANT), stage[:, :, :-1]], axis=2)
+    asked = (arms["requested_op"] != Op.WAIT) & arms["decision_valid"]
+    slots = np.arange(stage.shape[-1])
+    target = asked[..., None] & (arms["slot"][..., None] == slots)
+    for a, e, t, s in np.argwhere((stage != before) | target):
+        here, info = (a, e, t), {name: arms[name][a, e, t] for name in _ROW_FIELDS}
+        op = Op(info["requested_op"]).name
+        if target[a, e, t, s]:
+            cause = op if info["success"] or stage[a, e, t, s] == before[a, e, t, s] else "tick"
+        else:
+            cause = "tick"
+        moved = stage[a, e, t, s] != before[a, e, t, s]
+        if moved and info["panic"]:
+            cause = "governor"
+        mine = bool(target[a, e, t, s])
+        kind = max(arms["blueprint"][here][s], arms["blueprint"][a, e, max(t - 1, 0), s])  # of a seed that just left, too
+        yield {
+            "arm": str(arms["names"][a]),
+            "env": int(e),
+            "epoch": int(t) + 1,
+            "slot": int(s),
+            "from": Stage(before[a, e, t, s]).name,
+            "to": Stage(stage[a, e, t, s]).name,
+            "cause": cause.lower(),
+            "op": op.lower() if mine else None,
+            "success": bool(info["success"]) if mine else None,
+            "gate_level": int(info["gate_level"]) if mine and info["gate_level"] >= 0 else None,
+            "gate_passed": bool(info["gate_passed"]) if mine and info["gate_level"] >= 0 else None,
+            "panic": PanicReason(info["panic_reason"]).name.lower() if info["panic"] else None,
+            "blueprint": BLUEPRINTS[kind] if kind >= 0 else None,
+            "alpha": round(float(arms["alpha"][here][s]), 6),
+        }
+
+
+_ROW_FIELDS = ("requested_op", "success", "gate_level", "gate_passed", "panic", "panic_reason")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON lines."""
+    with open(path, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")

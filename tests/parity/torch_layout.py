@@ -1,0 +1,114 @@
+"""The reference's arrays in our layout: NCHW to NHWC, OIHW to HWIO, linear `[out, in]` to `[in, out]`, its names to ours.
+
+Gradients have the layout of what they belong to, so one conversion serves both.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_jax.config import HostConfig
+from esper_jax.lifecycle import stages
+from esper_jax.network import seed_bank, slots
+from esper_jax.network.cnn import Block, HostParams, HostVars, Statistics
+
+_norm = {"scale": "gn.weight", "bias": "gn.bias"}
+_below = lambda prefix, names: {ours: f"{prefix}.{theirs}" for ours, theirs in names.items()}
+_heavy = lambda i: {
+    f"{ours}_{i}": f"enhance.{i}.{theirs}" for ours, theirs in ({"conv": "conv.weight"} | _norm).items()
+}
+SEED_NAMES = {
+    "noop": {},
+    "conv_light": _below("enhance", {"conv": "conv.weight"} | _norm),
+    "attention": {"squeeze": "fc.0.weight", "excite": "fc.2.weight", "bias": "fc.2.bias"},
+    "norm": {"strength": "scale", "scale": "norm.weight", "bias": "norm.bias"},
+    "depthwise": {"depthwise": "depthwise.weight", "pointwise": "pointwise.weight"} | _norm,
+    "bottleneck": {"down": "down.weight", "conv": "conv.weight", "up": "up.weight"} | _norm,
+    "conv_small": {"conv": "conv.weight"} | _norm,
+    "conv_heavy": _heavy(0) | _heavy(1),
+}
+
+
+def images(x: np.ndarray) -> jax.Array:
+    """NCHW to NHWC."""
+    return jnp.asarray(x.transpose(0, 2, 3, 1))
+
+
+def tensor(name: str, value: np.ndarray) -> jax.Array:
+    """One parameter; `name` is ours."""
+    if name == "depthwise":  # [C, 1, k, k] to [k, k, C]
+        value = value[:, 0].transpose(1, 2, 0)
+    elif value.ndim == 4:
+        value = value.transpose(2, 3, 1, 0)
+    elif value.ndim == 2:
+        value = value.T
+    elif name == "strength":  # a number in an array of one
+        value = value[0]
+    return jnp.asarray(value)
+
+
+def host_params(given: dict[str, np.ndarray], cfg: HostConfig) -> HostParams:
+    """Parameters (or their gradients) of a CNN host."""
+    names = ("conv.weight", "bn.weight", "bn.bias")
+    blocks = tuple(Block(*(tensor("", given[f"blocks.{i}.{n}"]) for n in names)) for i in range(cfg.n_blocks))
+    return HostParams(blocks, tensor("", given["classifier.weight"]), jnp.asarray(given["classifier.bias"]))
+
+
+def host_stats(given: dict[str, np.ndarray], cfg: HostConfig) -> tuple[Statistics, ...]:
+    """Running statistics of a CNN host."""
+    get = lambda i, name: jnp.asarray(given[f"blocks.{i}.bn.running_{name}"])
+    return tuple(Statistics(get(i, "mean"), get(i, "var")) for i in range(cfg.n_blocks))
+
+
+def host_vars(given: dict[str, np.ndarray], cfg: HostConfig) -> HostVars:
+    return HostVars(host_params(given, cfg), host_stats(given, cfg), cfg)
+
+
+def seed_params(blueprint: str, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Parameters (or their gradients) of one seed, in our order."""
+    assert set(given) == set(SEED_NAMES[blueprint].values())
+    return {ours: tensor(ours, given[theirs]) for ours, theirs in SEED_NAMES[blueprint].items()}
+
+
+def packed_seed(blueprint: str, given: dict[str, np.ndarray], size: int) -> jax.Array:
+    return seed_bank.pack(seed_params(blueprint, given), size)
+
+
+def packed_gate(given: dict[str, np.ndarray], absent_size: int) -> jax.Array:
+    """Parameters (or their gradients) of a gate network, W1 [C, m], b1, W2 [m], b2; zeros where there is none."""
+    if not given:
+        return jnp.zeros(absent_size)
+    flat = [given["gate.0.weight"].T, given["gate.0.bias"], given["gate.2.weight"], given["gate.2.bias"]]
+    return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)) for leaf in flat])
+
+
+def seed_vars(blueprint: str, seed: dict, gate: dict, width: int, names: tuple[str, ...]) -> slots.SeedVars:
+    """One slot that can hold the named kinds, with a seed of the reference in it."""
+    size = seed_bank.packed_size(seed_bank.table(names), width)
+    return slots.SeedVars(
+        packed_seed(blueprint, seed, size), packed_gate(gate, slots.gate_size(width)), width, tuple(names)
+    )
+
+
+def slot_state(stage, blueprint, algorithm, alpha, isolate):
+    """Lifecycle record; every argument has one entry per slot."""
+    n = len(stage)
+    state = stages.empty(n)
+    integers = lambda value: jnp.asarray(np.array(value, np.int32))
+    return state.replace(
+        stage=integers(stage), blueprint=integers(blueprint), algorithm=integers(algorithm),
+        isolate=jnp.asarray(np.array(isolate, bool)), has_gate=integers(algorithm) == 3,
+        alpha=state.alpha.replace(alpha=jnp.asarray(np.array(alpha, np.float32))),
+    )  # fmt: skip
+
+
+def assert_close(ours, theirs, *, relative: float, absolute: float = 0.0) -> None:
+    """Every leaf within `relative` times the largest element of the reference's leaf, plus `absolute`."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    paths = jax.tree_util.tree_flatten_with_path(theirs)[0]
+    for (path, wanted), got in zip(paths, jax.tree.leaves(ours), strict=True):
+        wanted = np.asarray(wanted)
+        limit = absolute + relative * float(np.abs(wanted).max(initial=0))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
