@@ -21,13 +21,22 @@ def load(
     """The data set a configuration names, split and on the device.
 
     `auto` is CIFAR-10, or `shapes` if that cannot be had; `announce` then receives one line that says so. The digits
-    keep their one channel, are never augmented, and give at most a fifth of their training images to validation.
+    are few and small: they keep their one channel and 8x8 pixels, are never augmented, give at most a fifth of their
+    training images to validation, and limits beyond what there is do not apply to them.
 
     Raises DataError (a ValueError) if the data cannot be had, are wrong, or are fewer than the limits ask for.
     """
     if cfg.name == "digits":
         arrays = digits.load()
-        cfg = dataclasses.replace(cfg, validation_size=min(cfg.validation_size, len(arrays.labels) // 5))
+        validation = min(cfg.validation_size, len(arrays.labels) // 5)
+        at_most = lambda limit, available: None if limit is None else min(limit, available)
+        cfg = dataclasses.replace(
+            cfg,
+            image_size=None,
+            validation_size=validation,
+            train_limit=at_most(cfg.train_limit, len(arrays.labels) - validation),
+            test_limit=at_most(cfg.test_limit, len(arrays.test_labels)),
+        )
         return split(arrays, cfg, name="digits", augment=False)
     if cfg.name != "shapes":
         patience = AUTO_PATIENCE if cfg.name == "auto" else PATIENCE

@@ -1,0 +1,148 @@
+"""Seed modules: sizes, behaviour at birth, that every tensor can learn, and registering new ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esper_jax import types
+from esper_jax.network import blueprints, layers, seed_bank, slots
+from esper_jax.network.blueprints import Blueprint
+
+MODULES = tuple(name for name in blueprints.CNN if name != "noop")
+
+# slots_and_hosts 2.3
+COUNTS = {
+    8: {"norm": 17, "attention": 40, "depthwise": 152, "bottleneck": 720, "conv_small": 80, "conv_light": 592,
+        "conv_heavy": 1184},
+    16: {"norm": 33, "attention": 144, "depthwise": 432, "bottleneck": 864, "conv_small": 288, "conv_light": 2336,
+         "conv_heavy": 4672},
+    32: {"norm": 65, "attention": 544, "depthwise": 1376, "bottleneck": 1152, "conv_small": 1088, "conv_light": 9280,
+         "conv_heavy": 18_560},
+    64: {"norm": 129, "attention": 2112, "depthwise": 4800, "bottleneck": 4480, "conv_small": 4224,
+         "conv_light": 36_992, "conv_heavy": 73_984},
+    128: {"norm": 257, "attention": 8320, "depthwise": 17_792, "bottleneck": 17_664, "conv_small": 16_640,
+          "conv_light": 147_712, "conv_heavy": 295_424},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", COUNTS)
+def test_param_count(width):
+    assert {name: blueprints.CNN[name].param_count(width) for name in MODULES} == COUNTS[width]
+    assert blueprints.CNN["noop"].param_count(width) == 0
+
+
+def features(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("name", blueprints.CNN)
+def test_birth(name):
+    """Identity exactly where promised; attention starts at sigmoid(3) = 0.952574 of its input."""
+    x = features(0, 2, 5, 3, 8)
+    params = blueprints.CNN[name].init(jax.random.key(1), 8)
+    assert sum(leaf.size for leaf in params.values()) == blueprints.CNN[name].param_count(8)
+    y = jax.jit(blueprints.CNN[name].apply)(params, x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    if name in ("noop", "norm", "bottleneck"):
+        np.testing.assert_array_equal(y, x)
+    elif name == "attention":
+        np.testing.assert_allclose(y, 0.952574 * x, rtol=1e-5)
+    else:
+        assert float(jnp.abs(y - x).max()) > 0.1
+        assert (y >= x - 1e-6).all()  # x + relu(.)
+
+
+WIDTH, ALPHA, STEP = 8, 0.3, 0.01
+
+
+@functools.cache
+def _slot_gradient():
+    """Gradient of a slot's parameters under a quadratic loss, for any kind and mode: compiled once for this file."""
+    h, target = features(2, WIDTH, 4, 4, 6)[None], features(3, WIDTH, 4, 4, 6)[None]
+
+    def loss(seed, kind, mode):
+        control = slots.Controls(kind, mode, jnp.float32(ALPHA), jnp.array(True))
+        return jnp.square(slots.apply_slot(control, seed, h) - target).mean()
+
+    def born(key, kind):
+        kinds = seed_bank.table(MODULES)
+        gate = slots.gate_init(key, WIDTH)
+        return slots.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, MODULES)
+
+    return jax.jit(born), jax.jit(jax.grad(loss))
+
+
+@pytest.mark.parametrize("mode", ["STRAIGHT_THROUGH", "ADD", "MULTIPLY", "GATE"])
+@pytest.mark.parametrize("name", MODULES)
+def test_every_tensor_learns(name, mode):
+    """Two SGD steps from birth give every parameter tensor, and the gate's, a non-zero gradient, whatever the style: in
+    TRAINING all styles are straight-through, and further on each has its own operator."""
+    mode = getattr(slots, mode)
+    kind = jnp.int32(1 + MODULES.index(name))
+    born, gradient = _slot_gradient()
+    seed = born(jax.random.key(4), kind)
+    unpack = lambda vector: seed_bank.unpack(blueprints.CNN[name], WIDTH, vector)
+    moved = {key: 0.0 for key in unpack(seed.params)}
+    gate_moved = 0.0
+    for _ in range(2):
+        grads = gradient(seed, kind, jnp.int32(mode))
+        for key, leaf in unpack(grads.params).items():
+            moved[key] = max(moved[key], float(jnp.abs(leaf).max()))
+        gate_moved = max(gate_moved, float(jnp.abs(grads.gate).max()))
+        seed = jax.tree.map(lambda p, g: p - STEP * g, seed, grads)
+    assert all(value > 0 for value in moved.values()), moved
+    # an identity (norm, bottleneck) leaves the gate nothing to weigh until it has moved
+    assert (gate_moved > 0) == (mode == slots.GATE)
+    used = blueprints.CNN[name].param_count(WIDTH)
+    np.testing.assert_array_equal(grads.params[used:], 0)
+
+
+# --- registering -----------------------------------------------------------------------------------------------------
+
+SCALE = Blueprint(lambda c: {"scale": blueprints.constant((c,), 1.0)}, lambda p, x: x * p["scale"][:, None, None, None])
+
+
+@pytest.fixture
+def registry():
+    """Takes back what a test registers."""
+    names, table, size = list(types.BLUEPRINTS), dict(blueprints.CNN), types.HEAD_SIZES["blueprint"]
+    yield
+    types.BLUEPRINTS[:] = names
+    blueprints.CNN.clear()
+    blueprints.CNN.update(table)
+    types.HEAD_SIZES["blueprint"] = size
+
+
+def test_register(registry):
+    blueprints.register("scale", SCALE)
+    assert types.BLUEPRINTS.index("scale") == 13 and types.HEAD_SIZES["blueprint"] == 14
+    assert blueprints.CNN["scale"].param_count(8) == 8
+    kinds = seed_bank.table(("norm", "scale"))
+    assert int(seed_bank.kind_of(jnp.int32(13), ("norm", "scale"))) == 2
+    # a slot with an ordinary module and the new one: 1.0 * x is the identity, 2.0 * x is not
+    h = features(5, 8, 2, 2, 3)[None]
+    vector = jnp.full(seed_bank.packed_size(kinds, 8), 2.0)
+    seed = slots.SeedVars(vector, jnp.zeros(slots.gate_size(8)), 8, ("norm", "scale"))
+    control = slots.Controls(jnp.int32(2), jnp.int32(slots.ADD), jnp.float32(1), jnp.array(False))
+    np.testing.assert_array_equal(slots.apply_slot(control, seed, h), 2 * h)
+
+
+def test_register_refuses(registry):
+    with pytest.raises(ValueError, match="'norm' exists already"):
+        blueprints.register("norm", SCALE)
+    half = SCALE._replace(forward=lambda p, x: x[:, ::2])
+    with pytest.raises(ValueError, match=r"\(8, 6, 4, 2\) into \(8, 3, 4, 2\): must keep"):
+        blueprints.register("half", half)
+    narrow = SCALE._replace(forward=lambda p, x: x.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="must keep shape and dtype"):
+        blueprints.register("narrow", narrow)
+    assert "half" not in types.BLUEPRINTS and "half" not in blueprints.CNN
+
+
+def test_group_norm_of_single_pixels_is_finite():
+    """8 channels are 8 groups; on a 1x1 map a group has one element, so the output is the bias."""
+    y = layers.group_norm(features(6, 3, 1, 1, 8), jnp.ones(8), jnp.arange(8.0))
+    np.testing.assert_allclose(y[:, 0, 0], np.tile(np.arange(8.0), (3, 1)))
