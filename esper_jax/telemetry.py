@@ -189,37 +189,37 @@ def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     asked = (arms["requested_op"] != Op.WAIT) & arms["decision_valid"]
     slots = np.arange(stage.shape[-1])
     target = asked[..., None] & (arms["slot"][..., None] == slots)
-    for a, e, t, s in np.argwhere((stage != before) | target):
-        here, info = (a, e, t), {name: arms[name][a, e, t] for name in _ROW_FIELDS}
-        op = Op(info["requested_op"]).name
-        if target[a, e, t, s]:
-            cause = op if info["success"] or stage[a, e, t, s] == before[a, e, t, s] else "tick"
-        else:
-            cause = "tick"
-        moved = stage[a, e, t, s] != before[a, e, t, s]
-        if moved and info["panic"]:
+    moved = stage != before
+    for a, e, t, s in np.argwhere(moved | target).tolist():
+        at = {name: arms[name][a, e, t] for name in _ROW_FIELDS}
+        op, mine = Op(at["requested_op"]).name.lower(), bool(target[a, e, t, s])
+        if moved[a, e, t, s] and at["panic"]:
             cause = "governor"
-        mine = bool(target[a, e, t, s])
-        kind = max(arms["blueprint"][here][s], arms["blueprint"][a, e, max(t - 1, 0), s])  # of a seed that just left, too
+        else:
+            cause = op if mine and (at["success"] or not moved[a, e, t, s]) else "tick"
+        gated = mine and at["gate_level"] >= 0
+        kind = max(at["blueprint"][s], arms["blueprint"][a, e, max(t - 1, 0), s])  # also of a seed that has just left
         yield {
             "arm": str(arms["names"][a]),
-            "env": int(e),
-            "epoch": int(t) + 1,
-            "slot": int(s),
+            "env": e,
+            "epoch": t + 1,
+            "slot": s,
             "from": Stage(before[a, e, t, s]).name,
             "to": Stage(stage[a, e, t, s]).name,
-            "cause": cause.lower(),
-            "op": op.lower() if mine else None,
-            "success": bool(info["success"]) if mine else None,
-            "gate_level": int(info["gate_level"]) if mine and info["gate_level"] >= 0 else None,
-            "gate_passed": bool(info["gate_passed"]) if mine and info["gate_level"] >= 0 else None,
-            "panic": PanicReason(info["panic_reason"]).name.lower() if info["panic"] else None,
+            "cause": cause,
+            "op": op if mine else None,
+            "success": bool(at["success"]) if mine else None,
+            "gate_level": int(at["gate_level"]) if gated else None,
+            "gate_passed": bool(at["gate_passed"]) if gated else None,
+            "panic": PanicReason(at["panic_reason"]).name.lower() if at["panic"] else None,
             "blueprint": BLUEPRINTS[kind] if kind >= 0 else None,
-            "alpha": round(float(arms["alpha"][here][s]), 6),
+            "alpha": round(float(at["alpha"][s]), 6),
         }
 
 
-_ROW_FIELDS = ("requested_op", "success", "gate_level", "gate_passed", "panic", "panic_reason")
+_ROW_FIELDS = (
+    "requested_op", "success", "gate_level", "gate_passed", "panic", "panic_reason", "blueprint", "alpha",
+)  # fmt: skip
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

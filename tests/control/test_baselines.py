@@ -96,9 +96,9 @@ def test_random_is_uniform():
 def test_eager_fills_every_slot():
     obs, action, outcome, slots = play(B.eager())
     assert legal(obs, action).all() and outcome.success.all()
-    # First a G(erminate) in every slot. A seed then takes A(dvance) and, after an epoch of training, A; its ramp has three
-    # ticks, the first in the epoch of that A, so the third A comes three decisions later, and then F(ossilize). Between
-    # slot 0's second and third A there is room for two of slot 1; those of slot 2 wait until slots 0 and 1 are finished.
+    # First a G(erminate) in every slot. A seed then takes A(dvance) and, after an epoch of training, A; its ramp has
+    # three ticks, the first in the epoch of that A, so the third A comes three decisions later, and then F(ossilize).
+    # Between slot 0's second and third A there is room for two of slot 1; slot 2 waits until both are done.
     assert "".join(name[0] for name in names(action)).rstrip("W") == "GGGAAAAAFAFAAWWAF"
     assert action.slot[:17].tolist() == [0, 1, 2, 0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 0, 0, 2, 2]
     assert (slots.stage[-1] == Stage.FOSSILIZED).all()

@@ -1,4 +1,4 @@
-"""Layers against plain library pieces (`lax.conv`, `lax.reduce_window`, autodiff), numpy formulas and worked numbers."""
+"""Layers against library pieces (`lax.conv`, `lax.reduce_window`, autodiff), numpy formulas and worked numbers."""
 
 import jax
 import jax.numpy as jnp

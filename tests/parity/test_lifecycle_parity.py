@@ -151,8 +151,8 @@ def _legal(cfg: LifecycleConfig):
 def _mask_states(case):
     """All rows as five slots [N, 5].
 
-    A slot that is not enabled offers nothing here but holds its seed, which counts: a fossil. A record in stage DORMANT,
-    which the reference has for a moment while it germinates, is neither empty nor a seed: UNKNOWN does as well.
+    A slot that is not enabled offers nothing, but its seed counts: a fossil. A record in stage DORMANT, which the
+    reference has for a moment while it germinates, is neither empty nor a seed: UNKNOWN.
     """
     given, enabled = golden.sub(case, "in"), case["in/enabled"].astype(bool)
     stage = np.where(given["stage"] == Stage.DORMANT, Stage.UNKNOWN, given["stage"])

@@ -45,7 +45,9 @@ def test_host(case):
     vars = torch.host_vars(theirs | golden.sub(case, "buffer"), cfg)
     x, labels = torch.images(case["x"]), jnp.asarray(case["labels"], jnp.int32)
     after = golden.sub(case, "buffer_after")
-    boundaries = lambda when: {name: torch.images(value) for name, value in golden.sub(case, f"{when}/boundary").items()}
+    boundaries = lambda when: {
+        name: torch.images(value) for name, value in golden.sub(case, f"{when}/boundary").items()
+    }
 
     assert cnn.param_count(vars) == case["n_params"]
 
@@ -114,7 +116,7 @@ def _slot_vjp():
 
 @golden.each_case("slot_forward", where=lambda case: case["meta/topology"] == 0)
 def test_slot(case):
-    """Every stage and algorithm under the reference's isolation; the older gate's hidden width is read from its size."""
+    """Every stage and algorithm under the reference's isolation; the older gate's width is read from its size."""
     meta = golden.sub(case, "meta")
     width, names = int(meta["width"]), ("conv_light",)
     state = torch.slot_state(
@@ -198,4 +200,3 @@ def test_evaluation_table(case):
         np.testing.assert_allclose(result.table[row], case["accuracy"][match], rtol=1e-6)
     np.testing.assert_allclose(result.accuracy, case["accuracy"][-1], rtol=1e-6)
     np.testing.assert_allclose(result.loss, case["loss"][-1], rtol=0, atol=5e-5)
-

@@ -20,7 +20,7 @@ from esper_jax.types import Stage
 HOST = HostConfig(base_channels=4, slots=("r0c1",))
 WIDTH, NAMES, CONV_LIGHT = 8, ("conv_light",), 1
 INCUBATOR = 1
-# An absent gate is a zero vector of the size that the file's gates have (hidden width 2), so that all cases compile once.
+# An absent gate is a zero vector of the size of the file's gates (hidden width 2), so that all cases share a program.
 NO_GATE = {"gate.0.weight": (2, WIDTH), "gate.0.bias": (2,), "gate.2.weight": (1, 2), "gate.2.bias": (1,)}
 NO_SEED = {"enhance.conv.weight": (8, 8, 3, 3), "enhance.gn.weight": (8,), "enhance.gn.bias": (8,)}
 
@@ -138,7 +138,7 @@ def test_metrics(case):
 @pytest.mark.parametrize("group", ["host", "seed"])
 @golden.each_case("sgd")
 def test_sgd(case, group):
-    """Six steps of either optimiser. An absent gradient holds parameter and momentum, as `train_batch` does for a seed."""
+    """Six steps of either optimiser; an absent gradient holds parameter and momentum, as in `train_batch`."""
     limit = None if np.isnan(case["config/max_grad_norm"]) else float(case["config/max_grad_norm"])
     cfg = TrainingConfig(clip_norm=limit)
     assert (cfg.host_lr, cfg.seed_lr, cfg.momentum) == (case["config/lr"],) * 2 + (case["config/momentum"],)
@@ -155,10 +155,11 @@ def test_sgd(case, group):
         norm = optax.tree.norm(grads)
         np.testing.assert_allclose(norm, case["grad_norm_before_clip"][step, column], rtol=1e-5)
         factor = training.clip_factor(norm, limit)
-        updates, new_state = optimiser.update(jax.tree.map(lambda g: g * factor, grads), state, params)
+        clipped = {name: factor * g for name, g in grads.items()}
+        updates, new_state = optimiser.update(clipped, state, params)
         new_params = optax.apply_updates(params, updates)
 
-        def hold(path, new, old):
+        def hold(path, new, old, present=present):
             return new if present[path[-1].key] else old
 
         params = jax.tree_util.tree_map_with_path(hold, new_params, params)
@@ -167,3 +168,70 @@ def test_sgd(case, group):
         for name in names:
             np.testing.assert_allclose(params[name], case[f"{group}/params/{name}"][step], rtol=0, atol=1e-5)
             np.testing.assert_allclose(momentum[name], case[f"{group}/momentum/{name}"][step], rtol=0, atol=1e-5)
+
+
+# --- intended differences --------------------------------------------------------------------------------------------
+
+SLOT_STAGES = [Stage.TRAINING, Stage.BLENDING, Stage.FOSSILIZED]
+
+
+@functools.cache
+def _batch():
+    """Our own defaults: separate clipping, fossilised seeds train, nothing isolated after TRAINING."""
+    cfg = TrainingConfig(batch_size=16, tile_pixels=0)
+    run = lambda model, momentum, state, x, y: training.train_batch(model, momentum, state, x, y, cfg)
+    return jax.jit(run), cfg
+
+
+def _one_batch(state, momentum=0.0):
+    case = golden.cases("train_functions")["case5"]
+    (run, cfg), common = _batch(), _common()
+    model = _model(case, "start")
+    start = jax.tree.map(lambda leaf: jnp.full_like(leaf, momentum), training.init(model, cfg))
+    return model, start, run(model, start, state, common["train_x"][0], common["train_y"][0])
+
+
+def _blending(stage=Stage.BLENDING, **alpha):
+    state = torch.slot_state([stage], [CONV_LIGHT], [1], [0.5], [False])
+    return state.replace(
+        alpha=state.alpha.replace(**{name: jnp.full(1, value, jnp.int32) for name, value in alpha.items()})
+    )
+
+
+needs_file = pytest.mark.skipif(
+    not golden.cases("train_functions"), reason=f"no train_functions.npz in {golden.FOLDER}"
+)
+
+
+@needs_file
+@pytest.mark.parametrize("stage", SLOT_STAGES)
+def test_seeds_train_in_every_stage(stage):
+    """A fossil too; host and seed are clipped each to norm 1.0, so a first step is lr * g * min(1, 1 / |g|)."""
+    model, _, (new, momentum, grads, metrics) = _one_batch(_blending(stage))
+    seed_norm, host_norm = optax.tree.norm(grads.seeds), optax.tree.norm(grads.host)
+    assert float(host_norm) > 1  # or the budgets could not be told apart
+    np.testing.assert_allclose(metrics["norm"], jnp.hypot(seed_norm, host_norm), rtol=1e-5)
+    step = 0.01 * grads.seeds[0].params * min(1, 1 / float(seed_norm))
+    np.testing.assert_allclose(new.seeds[0].params, model.seeds[0].params - step, rtol=0, atol=1e-6)
+    kernel, g = model.host.params.kernel, grads.host.kernel / host_norm
+    np.testing.assert_allclose(new.host.params.kernel, kernel - 0.01 * (g + 5e-4 * kernel), rtol=0, atol=1e-6)
+
+
+@needs_file
+def test_a_seed_that_is_blended_out_is_held():
+    """Parameters and momentum stay bitwise; the host goes on training through it."""
+    model, start, (new, momentum, grads, _) = _one_batch(_blending(mode=2), momentum=0.5)
+    jax.tree.map(np.testing.assert_array_equal, (new.seeds, momentum.seeds), (model.seeds, start.seeds))
+    assert (grads.host.blocks[0].kernel != 0).all()
+    _, _, (moved, *_) = _one_batch(_blending(mode=1), momentum=0.5)
+    assert (moved.seeds[0].params != model.seeds[0].params).all()
+
+
+@needs_file
+def test_isolation_changes_what_is_upstream_only():
+    """After TRAINING the seed's input carries gradient here; `isolate_after_training` is the reference's rule."""
+    joint = _one_batch(_blending())[2][2].host
+    isolated = _one_batch(_blending().replace(isolate=jnp.ones(1, bool)))[2][2].host
+    assert (joint.blocks[1].kernel != isolated.blocks[1].kernel).any()
+    # the block behind the slot and the read-out see the same features and gradients
+    jax.tree.map(np.testing.assert_array_equal, (joint.blocks[2], joint.kernel), (isolated.blocks[2], isolated.kernel))

@@ -1,4 +1,4 @@
-"""The reference's arrays in our layout: NCHW to NHWC, OIHW to HWIO, linear `[out, in]` to `[in, out]`, its names to ours.
+"""The reference's arrays in our layout: NCHW to NHWC, OIHW to HWIO, linear `[out, in]` to `[in, out]`, and names.
 
 Gradients have the layout of what they belong to, so one conversion serves both.
 """
@@ -110,5 +110,3 @@ def assert_close(ours, theirs, *, relative: float, absolute: float = 0.0) -> Non
         wanted = np.asarray(wanted)
         limit = absolute + relative * float(np.abs(wanted).max(initial=0))
         np.testing.assert_allclose(got, wanted, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
-
-

@@ -1,0 +1,122 @@
+"""What a person sees while a run goes on: named steps and a progress bar, or plain lines when the output is piped."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import numpy as np
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+from esper_jax.types import Stage
+
+
+class Console:
+    """Lines, steps and bars on one stream; `durations` keeps the seconds of every step by name."""
+
+    def __init__(self, *, quiet: bool = False, file: IO[str] | None = None):
+        self.rich = RichConsole(file=file, highlight=False)
+        self.quiet = quiet
+        self.live = self.rich.is_terminal and not quiet
+        self.durations: dict[str, float] = {}
+
+    def say(self, text: str = "", *, style: str | None = None, always: bool = False) -> None:
+        """A line, not broken where a terminal would; left out when quiet, unless it must be seen."""
+        if always or not self.quiet:
+            self.rich.print(text, style=style, markup=False, soft_wrap=True)
+
+    def facts(self, rows: dict[str, str]) -> None:
+        for name, value in rows.items():
+            self.say(f"  {name:<9} {value}")
+
+    @contextlib.contextmanager
+    def step(self, name: str, what: str = "") -> Iterator[list[str]]:
+        """Names what is being waited for, then says how long it took and what was appended to the list it yields."""
+        said: list[str] = []
+        started = time.perf_counter()
+        if self.live:
+            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            with Progress(*columns, console=self.rich, transient=True) as progress:
+                progress.add_task(f"{name:<9} {what}")
+                yield said
+        else:
+            if what:
+                self.say(f"  {name:<9} {what} ...")
+            yield said
+        seconds = self.durations[name] = time.perf_counter() - started
+        self.say(f"  {name:<9} {seconds:.1f} s  {'  '.join(said) or what}")
+
+    @contextlib.contextmanager
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """Progress through `total` pieces of work, of which `done` were done before."""
+        bar = Bar(self, name, total, done)
+        if self.live:
+            columns = (
+                TextColumn(f"  {name:<9}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+            )  # fmt: skip
+            with Progress(*columns, console=self.rich, transient=True) as bar.progress:
+                bar.task = bar.progress.add_task(name, total=total, completed=done, note="")
+                yield bar
+        else:
+            yield bar
+        self.durations[name] = time.perf_counter() - bar.started
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """On a terminal with lines, elsewhere as aligned text."""
+        if not self.rich.is_terminal:
+            self.say(text_table(columns, rows), always=True)
+            return
+        table = Table(box=box.SIMPLE_HEAD)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.rich.print(table)
+
+
+class Bar:
+    """Counts pieces of work; without a terminal each is one line, with the seconds so far and those left."""
+
+    def __init__(self, console: Console, name: str, total: int, done: int):
+        self.console, self.name, self.total, self.done, self.first = console, name, total, done, done
+        self.started = time.perf_counter()
+        self.progress: Progress | None = None
+        self.task = None
+
+    def advance(self, note: str, *, what: str | None = None) -> None:
+        self.done += 1
+        elapsed = time.perf_counter() - self.started
+        if self.progress is not None:
+            self.progress.update(self.task, advance=1, note=note)
+            if what:  # what is worth a line of its own even on a terminal
+                self.console.say(f"  {what:<9} {note}")
+        else:
+            left = elapsed / (self.done - self.first) * (self.total - self.done)
+            label = what or f"{self.name} {self.done}/{self.total}"
+            self.console.say(f"  {label}  t={elapsed:.0f}s  left={left:.0f}s  {note}")
+
+
+def round_note(arrays: dict[str, np.ndarray]) -> str:
+    """A round in a few numbers, from the arrays of `telemetry.round_arrays`; means over its environments."""
+    accuracy = arrays["rounds/val_accuracy"][:, -1].mean()
+    reward = np.nansum(arrays["rounds/reward"], axis=1).mean()
+    kept = (arrays["rounds/stage"][:, -1] == Stage.FOSSILIZED).sum(-1).mean()
+    kl, entropy = arrays["learner/approx_kl"], arrays["learner/entropy"]
+    note = f"acc={accuracy:.1f}  return={reward:.2f}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
+    panics = int(arrays["rounds/panic"].sum())
+    return note + (f"  rollbacks={panics}" if panics else "")
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the first to the left and the others to the right."""
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True))] for x in lines]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)

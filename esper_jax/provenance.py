@@ -1,0 +1,72 @@
+"""What a number came from: versions, device, data and source of a run, for its run card."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from esper_jax.config import Config
+from esper_jax.data import Dataset
+
+PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes; None for a package without metadata (a source tree that was not installed)."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device(cfg: Config) -> dict[str, Any]:
+    first = jax.devices()[0]
+    return {
+        "backend": first.platform,
+        "kind": first.device_kind,
+        "available": jax.device_count(),
+        "used": cfg.devices or jax.device_count(),
+        "precision": cfg.training.compute_dtype,
+    }
+
+
+def data(dataset: Dataset) -> dict[str, Any]:
+    """Which data, as a hash too, and how many images are in each split."""
+    images = {part: len(getattr(dataset, part).labels) for part in ("train", "validation", "test")}
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "identity": dataset.identity,
+        "images": images,
+        "shape": list(dataset.train.images.shape[1:]),
+        "classes": list(dataset.classes),
+        "augmented": dataset.augment,
+    }
+
+
+def config_hash(cfg: Config) -> str:
+    return hashlib.sha256(cfg.to_json().encode()).hexdigest()[:16]
+
+
+def git() -> dict[str, Any] | None:
+    """Commit of the source tree, and whether files differ from it; None outside a git checkout."""
+    root = Path(__file__).parent
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return commit and {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}

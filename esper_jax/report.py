@@ -1,0 +1,104 @@
+"""The result of a run: its table and sentence as text, and one self-contained HTML page that works without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esper_jax.statistics import METHOD, Interval, mean_interval, signed, verdict
+from esper_jax.train import POLICY
+
+BASELINE = "never"
+COLUMNS = (
+    "arm", "test accuracy %", f"difference to {BASELINE}", "params", "germinated", "kept", "pruned", "rollbacks",
+)  # fmt: skip
+NOTES = (
+    f"{METHOD}. * marks a difference whose interval excludes 0; no correction for the number of comparisons.",
+    "params: relative to the bare host, at the end of the episode. Seeds and rollbacks: mean per environment.",
+)
+
+
+def accuracies(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """f[E] report-test accuracy of each arm, from the arrays of metrics.npz."""
+    return {str(arm): metrics["arms/test_accuracy"][a] for a, arm in enumerate(metrics["arms/names"])}
+
+
+def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
+    """The cells under `COLUMNS`, a row per arm; "-" for what was not measured."""
+    accuracy = accuracies(metrics)
+    rows = []
+    for a, (arm, samples) in enumerate(accuracy.items()):
+        gain = mean_interval(samples - accuracy[BASELINE]) if arm != BASELINE and BASELINE in accuracy else None
+        params = metrics["arms/params"][a].astype(float)
+        ratio = f"x{(params[:, -1] / params[:, 0]).mean():.2f}"
+        counts = [f"{metrics[f'arms/{name}'][a].mean():.1f}" for name in ("germinated", "fossilised", "pruned")]
+        difference = "-" if gain is None else _interval(gain, signed) + (" *" if gain.excludes_zero else "  ")
+        rollbacks = f"{metrics['arms/rollbacks'][a].mean():.1f}"
+        rows.append([arm, _interval(mean_interval(samples), _plain), difference, ratio, *counts, rollbacks])
+    return rows
+
+
+def _plain(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
+
+
+def _interval(interval: Interval, form) -> str:
+    if np.isnan(interval.low):
+        return form(interval.mean)
+    return f"{form(interval.mean)} [{form(interval.low)}, {form(interval.high)}]"
+
+
+def sentence(metrics: dict[str, np.ndarray], data: str) -> str:
+    """What may be claimed and what not."""
+    metric = "report-test accuracy"
+    return verdict(accuracies(metrics), policy=POLICY, baseline=BASELINE, data=data, metric=metric)
+
+
+def page(title: str, rows: Sequence[Sequence[str]], claim: str, pictures: dict[Path, str], card: dict[str, Any]) -> str:
+    """The HTML page of a run.
+
+    Args:
+      rows: cells under `COLUMNS`.
+      pictures: PNG files and their captions; they are put into the page.
+      card: the run card (run.json).
+    """
+    esc = html.escape
+    head = "".join(f"<th>{esc(column)}</th>" for column in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    figures = "".join(
+        f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{esc(caption)}</figcaption></figure>\n"
+        for path, caption in pictures.items()
+    )
+    data = card["data"]
+    warning = "" if data["name"] == "cifar10" else f'<p class="loud">Data: {esc(data["name"])}, not CIFAR-10.</p>\n'
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{esc(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }}
+th, td {{ padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; white-space: pre; }}
+th:first-child, td:first-child {{ text-align: left; }}
+figure {{ margin: 2rem 0; }} img {{ max-width: 100%; }} figcaption, .note {{ color: #555; font-size: .9rem; }}
+.claim {{ border-left: .25rem solid #0072b2; padding: .25rem 1rem; }}
+.loud {{ background: #d55e00; color: #fff; padding: .25rem 1rem; font-weight: bold; }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }}
+</style>
+<h1>{esc(title)}</h1>
+{warning}<p class="claim">{esc(claim)}</p>
+<table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table>
+<p class="note">{"<br>".join(map(esc, NOTES))}</p>
+{figures}<h2>Run card</h2>
+<pre>{esc(json.dumps(card, indent=2))}</pre>
+</html>
+"""
