@@ -3,10 +3,10 @@
     save(folder, step, state, {"config": ...})
     state, step = restore(folder, template, {"config": ...})
 
-A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape, dtype
-and SHA-256 of every leaf, and the facts that have to be the same when the state is used again. Any difference is one
-`CheckpointError` that names the first path and both values; nothing is ever restored in part. A checkpoint gets its name
-only once it is complete, so a process may die at any moment.
+A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape,
+dtype and SHA-256 of every leaf, and the facts that have to be the same when the state is used again. Any difference is
+one `CheckpointError` that names the first path and both values; nothing is ever restored in part. A checkpoint gets its
+name only once it is complete, so a process may die at any moment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 FINGERPRINT = "fingerprint.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -35,7 +34,7 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, kee
     """Writes a state, then drops all but the newest `keep` checkpoints. Returns the checkpoint's folder.
 
     Args:
-      state: any tree of arrays; typed PRNG keys are refused (raises CheckpointError), since runs derive keys from a seed.
+      state: any tree of arrays but typed PRNG keys (raises CheckpointError): a run derives its keys from its seed.
       meta: what JSON can hold and `restore` has to be given again, such as the configuration.
     """
     folder = Path(folder).absolute()
@@ -45,7 +44,7 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, kee
     for leftover in folder.glob(".writing_*"):
         shutil.rmtree(leftover)
     work.mkdir()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _orbax() as checkpointer:
         checkpointer.save(work / "state", _storable(arrays))
         checkpointer.wait_until_finished()
     fingerprint = {"step": step, "meta": _plain(meta), "leaves": {path: _facts(leaf) for path, leaf in arrays.items()}}
@@ -96,7 +95,7 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
 
     blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _orbax() as checkpointer:
             read = checkpointer.restore(place / "state", _storable(blank)) if _storable(blank) else {}
     except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -109,6 +108,12 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
         sharding = getattr(like, "sharding", None)
         leaves.append(jax.device_put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+
+
+def _orbax():
+    import orbax.checkpoint  # slow to import: not before a checkpoint is asked for
+
+    return orbax.checkpoint.StandardCheckpointer()
 
 
 def _key(number: int) -> str:

@@ -10,8 +10,15 @@ from typing import IO
 import numpy as np
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from esper_jax.types import Stage
@@ -25,6 +32,11 @@ class Console:
         self.quiet = quiet
         self.live = self.rich.is_terminal and not quiet
         self.durations: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since this console was made."""
+        return time.perf_counter() - self.started
 
     def say(self, text: str = "", *, style: str | None = None, always: bool = False) -> None:
         """A line, not broken where a terminal would; left out when quiet, unless it must be seen."""

@@ -19,7 +19,7 @@ from esper_jax.train import POLICY
 from esper_jax.types import BLUEPRINTS, Stage
 
 # Okabe-Ito: told apart by colour-blind readers, too.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#999999", "#f0e442")
+COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#e69f00", "#999999", "#f0e442")
 STAGE_COLOURS = {
     Stage.GERMINATED: "#f0e442",
     Stage.TRAINING: "#e69f00",
@@ -76,7 +76,8 @@ def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
         _band(axes, x, samples.T, {"color": COLOURS[0], "marker": "."})
         axes.set_ylabel(label)
     panels[2].plot(x, metrics["learner/entropy"], color=COLOURS[1], marker=".")
-    panels[2].set_ylabel("entropy of a decision (share of the largest possible)")
+    panels[2].set_ylabel("entropy of the policy (1: undecided)")
+    panels[2].set_ylim(0, 1.05)
     for axes in panels:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -113,7 +114,9 @@ def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None
     handles = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
     handles.append(Line2D([], [], color="red", linestyle=":", label="rollback"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(f"Life of the seeds in environment {env} on {data}; height of the full colour: alpha, from 0 to 1")
+    figure.suptitle(
+        f"Life of the seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)"
+    )
     figure.savefig(path, dpi=110)
     return (
         f"Life of the seeds in environment {env} (the median one under the policy): a lane per slot, coloured by stage at the "
@@ -128,7 +131,7 @@ def _swimlanes(axes: Axes, stage: np.ndarray, alpha: np.ndarray, blueprint: np.n
         bottom = n_slots - 1 - s  # slot 0 on top, where the features come from
         for kind, colour in STAGE_COLOURS.items():
             here = stage[:, s] == kind
-            axes.bar(x[here], 0.85, 1, bottom, color=colour, alpha=0.3, linewidth=0)
+            axes.bar(x[here], 0.85, 1, bottom, color=colour, alpha=0.4, linewidth=0)
             axes.bar(x[here], 0.85 * alpha[here, s], 1, bottom, color=colour, linewidth=0)
         previous = np.concatenate([[-1], blueprint[:-1, s]])
         for t in np.flatnonzero((blueprint[:, s] >= 0) & (blueprint[:, s] != previous)):
@@ -165,10 +168,13 @@ def _label_ends(axes: Axes, last: int, ends: dict[str, float], names: list[str])
     heights, previous = {}, -np.inf
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         previous = heights[name] = max(end, previous + gap)
+    shift = np.mean([ends[name] - height for name, height in heights.items()])
     for name, height in heights.items():
         colour = _style(names, name)["color"]
         axes.annotate(
-            name, (last, ends[name]), (last + 0.03 * last, height), color=colour, va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            name, (last, ends[name]), (last * 1.05, height + shift), color=colour, va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
-    axes.set_xlim(1, last * 1.18)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
+    axes.set_xlim(1, last * 1.25)

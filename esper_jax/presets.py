@@ -30,11 +30,11 @@ PRESETS = {
     ),
     "quick": Config(
         data=DataConfig(image_size=16, train_limit=10_000, validation_size=1024, test_limit=2048),
-        training=TrainingConfig(epochs=20, batches_per_epoch=12, batch_size=128),
-        ppo=PPOConfig(anneal_rounds=8),
+        training=TrainingConfig(epochs=30, batches_per_epoch=12, batch_size=128),
+        ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=6),
         n_envs=16,
-        rounds=8,
-        report_envs=16,
+        rounds=6,
+        report_envs=32,
     ),
     "full": Config(
         training=TrainingConfig(compute_dtype="bfloat16", tile_pixels=0),

@@ -1,256 +1,282 @@
-"""The main job: learn when and where a small network should grow, then compare the controllers.
+"""The main job: train a policy that grows networks, then compare it with rules on the same keys.
 
-    python -m experiments.cifar [--preset smoke|quick|full] [--data auto|cifar10|shapes|digits] [--seed N] [--out DIR]
+    python -m experiments.cifar --preset smoke --data shapes
 
-Trains the policy for the preset's rounds, then runs every controller on the same keys (same host initialisation, same
-batches) and writes a table, pictures and the files of the run.
+writes a folder with the table, the pictures and everything they were made from; see `--help`.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import io
 import json
 import os
-import platform
 import sys
-import time
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from esper_jax import checkpoint, compilation, data, devices, plots, presets, report, statistics, telemetry
-from esper_jax.config import Config
+from esper_jax import (
+    Config,
+    checkpoint,
+    compilation,
+    data,
+    make_env,
+    make_train,
+    plots,
+    presets,
+    provenance,
+    report,
+    telemetry,
+)
+from esper_jax.console import Console, round_note, text_table
 from esper_jax.control import baselines
 from esper_jax.network import cnn
-from esper_jax.train import POLICY, default_controllers, make_train
+from esper_jax.train import RunState, Train, default_controllers
+
+PROGRAM = "python -m experiments.cifar"
+# What may change when a run is resumed: how long it goes on and where, not what it computes.
+FREE_ON_RESUME = ("rounds", "report_envs", "devices")
 
 
-@dataclasses.dataclass
+@dataclass(frozen=True)
 class Options:
-    """Learn when to grow a small network, then compare the controllers on the same keys."""
+    """Trains a policy that grows networks, then compares it with rules on the same keys: same hosts, same batches.
 
-    preset: Literal["auto", "smoke", "quick", "full"] = "auto"
-    """smoke: a minute and a half; quick: some minutes on a CPU; full: for a GPU; auto: full with a GPU, else quick"""
+    smoke takes about a minute on two cores, quick a few minutes, full is for a GPU. Every number of a preset can be
+    changed; the defaults below are those of the preset and the data that are asked for.
+    """
+
+    preset: Literal["smoke", "quick", "full"] = "quick"
+    """size of the job; by default full on a GPU, else quick"""
     data: Literal["auto", "cifar10", "shapes", "digits"] = "auto"
-    """auto: CIFAR-10 if it can be had, else the synthetic shapes, and says so"""
+    """auto takes CIFAR-10 if it can be had, else the synthetic shapes, and says so"""
     data_dir: Path | None = None
-    """folder with the CIFAR-10 files (official binary or python layout)"""
+    """folder that holds the CIFAR-10 files; none looks in $ESPER_DATA and the user's cache, then downloads"""
     out: Path | None = None
-    """folder for the files of the run; by default runs/<time>-<preset>-<seed>"""
-    resume: bool = False
-    """go on from the last checkpoint in --out"""
-    checkpoint_every: int = 10
-    """rounds between checkpoints; one is also taken after the last round"""
+    """folder for the files of the run; none makes a new one in runs/"""
     script: Path | None = None
-    """file with an action a line (`3: germinate slot=0 blueprint=conv_light`), run as one more controller"""
-    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+    """file with lines such as `3: germinate slot=0 blueprint=conv_light`; adds the arm `script`"""
+    resume: Path | None = None
+    """folder of a run to go on with; its configuration becomes the default"""
+    checkpoint_every: int = 1
+    """rounds between checkpoints; 0 writes none"""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print only warnings and the result"""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def parse(argv: list[str]) -> tuple[Options, str]:
-    """Options and the name of the preset whose values are the defaults of all others. Exits with 2 on unknown ones."""
-    chosen = "auto"
-    for here, following in zip(argv, [*argv[1:], ""], strict=True):
-        chosen = following if here == "--preset" else here.removeprefix("--preset=") if "--preset=" in here else chosen
-    name = chosen if chosen != "auto" else ("quick" if jax.default_backend() == "cpu" else "full")
-    config = presets.PRESETS.get(name, Config())  # an unknown name is refused below, with all others
-    options = tyro.cli(Options, args=argv, default=Options(config=config), prog="python -m experiments.cifar")
-    changes = {"data.name": options.data, "data.data_dir": str(options.data_dir) if options.data_dir else None}
-    return dataclasses.replace(options, config=options.config.replace(**changes)), name
+class Job(NamedTuple):
+    """A run that is ready to start."""
+
+    options: Options
+    cfg: Config
+    out: Path
+    console: Console
+    train: Train
+    key: jax.Array
+    run: RunState
+    meta: dict  # what a checkpoint has to agree with
+    card: dict  # run.json
 
 
-def use_cores() -> None:
-    """One XLA device per core: faster here than one device that splits its small operations over threads."""
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+def parse(argv: list[str]) -> Options:
+    """The command line. Raises ValueError for what does not go together; exits with a hint for an unknown option."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the defaults of others
+    for name in ("preset", "data", "data-dir", "resume"):
+        early.add_argument(f"--{name}")
+    asked, _ = early.parse_known_args(argv)
+    asked.preset = asked.preset if asked.preset in presets.PRESETS else None  # refused below, with its neighbours
+    preset = asked.preset or ("quick" if jax.default_backend() == "cpu" else "full")
+    if asked.resume:
+        card = json.loads((Path(asked.resume) / "run.json").read_text())
+        preset, cfg = card["preset"], Config.from_json(json.dumps(card["config"]))
+    else:
+        cfg = presets.get(preset)
+        cfg = cfg.replace(host=presets.host("digits")) if asked.data == "digits" else cfg
+    if asked.data in ("auto", "cifar10", "shapes", "digits"):
+        cfg = cfg.replace(**{"data.name": asked.data})
+    if asked.data_dir:
+        cfg = cfg.replace(**{"data.data_dir": asked.data_dir})
+    options = tyro.cli(Options, args=argv, prog=PROGRAM, default=Options(preset, cfg.data.name, config=cfg))
+    if options.checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every = {options.checkpoint_every}: must be at least 0")
+    if options.resume and options.out:
+        raise ValueError("--out and --resume: give one of them; a resumed run goes on in its own folder")
+    if options.resume and options.preset != preset:
+        raise ValueError(f"--preset {options.preset} and --resume: {options.resume} is a run of preset {preset}")
+    if options.resume and computed(options.config) != computed(Config.from_json(json.dumps(card["config"]))):
+        raise ValueError(f"--resume {options.resume}: only {', '.join(FREE_ON_RESUME)} may differ from that run's")
+    return options
+
+
+def computed(cfg: Config) -> dict:
+    """What decides the numbers of a round."""
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE_ON_RESUME}
 
 
 def spread(cfg: Config) -> Config:
-    """As many devices as share the environments evenly."""
-    available = cfg.devices or jax.device_count()
-    fits = lambda n: (
-        cfg.n_envs % (n * cfg.env_chunk) == 0
-        and cfg.report_envs % (n * cfg.env_chunk) == 0
-        and (cfg.n_envs // n) % cfg.ppo.minibatches == 0
-    )
-    return cfg.replace(devices=max((n for n in range(1, available + 1) if fits(n)), default=1))
+    """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
+
+    def even(n: int) -> bool:
+        unit = n * cfg.env_chunk
+        minibatches = cfg.n_envs % (n * cfg.ppo.minibatches) == 0
+        return cfg.n_envs % unit == 0 and cfg.report_envs % unit == 0 and minibatches
+
+    most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
+    return cfg if cfg.devices else cfg.replace(devices=most)
 
 
-def run_card(cfg: Config, preset: str, dataset: data.Dataset) -> dict:
-    device = jax.devices()[0]
-    return {
-        "version": version("esper_jax"),
-        "command": " ".join(["python -m experiments.cifar", *sys.argv[1:]]),
-        "preset": preset,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")},
-        "device": f"{cfg.devices} x {device.device_kind} ({device.platform})",
-        "precision": cfg.training.compute_dtype,
-        "data": {"name": dataset.name, "identity": dataset.identity, "source": dataset.source},
+def prepare(options: Options, argv: list[str]) -> Job:
+    """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError."""
+    now = datetime.now()
+    cfg = spread(options.config)
+    console = Console(quiet=options.quiet)
+    out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
+    if not options.resume and out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
+    header(console, options, cfg, out)
+    rules = default_controllers(cfg)
+    script = json.loads((out / "run.json").read_text()).get("script") if options.resume else None
+    script = options.script.read_text() if options.script else script
+    if script is not None:
+        rules["script"] = baselines.script(baselines.parse_script(script))
+
+    warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
+    with console.step("data", cfg.data.name) as said:
+        dataset = data.load(cfg.data, announce=warn)
+        facts = provenance.data(dataset)
+        images = ", ".join(f"{n} {part}" for part, n in facts["images"].items())
+        said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
+    if dataset.name != "cifar10":
+        warn(f"THE DATA ARE '{dataset.name}', NOT CIFAR-10")
+    env, key = make_env(cfg, dataset), jax.random.key(cfg.seed)
+    if script is not None:  # a slot that does not exist shows itself only when an observation is seen
+        seen = jax.eval_shape(lambda: env.observe(env.init(key)))
+        jax.eval_shape(rules["script"].act, key, rules["script"].init(key), seen)
+    train = make_train(cfg, dataset, rules)
+    with console.step("init", "policy"):
+        run = jax.block_until_ready(train.init(key))
+
+    meta = {"config": computed(cfg), "data": dataset.identity}
+    if options.resume and checkpoint.steps(out / "checkpoints"):
+        run, done = checkpoint.restore(out / "checkpoints", run, meta)
+        if done > cfg.rounds:
+            raise ValueError(f"--rounds = {cfg.rounds}: {out} has done {done} rounds already")
+    if options.resume:
+        console.facts({"resume": f"after round {int(run.round)}"})
+    card = {
+        "status": "running",
+        "command": " ".join([PROGRAM, *argv]),
+        "started": now.isoformat(timespec="seconds"),
+        "preset": options.preset,
         "seed": cfg.seed,
-        "config": json.loads(cfg.to_json()),
+        "arms": list(train.controllers),
+        "script": script,
+        "data": facts,
+        "device": provenance.device(cfg),
+        "versions": provenance.versions(),
+        "source": provenance.git(),
+        "config_hash": provenance.config_hash(cfg),
+        "config": dataclasses.asdict(cfg),
     }
+    out.mkdir(parents=True, exist_ok=True)
+    telemetry.write_json(out / "run.json", card)
+    return Job(options, cfg, out, console, train, key, run, meta, card)
 
 
-def table_rows(outcomes: list[dict], baseline: str) -> tuple[list[str], list[list[str]], dict[str, np.ndarray]]:
-    """Header, one row per arm, and the report-test accuracies per arm f[E]."""
-    arms = list(dict.fromkeys(row["arm"] for row in outcomes))
-    column = lambda arm, name: np.array([row[name] for row in outcomes if row["arm"] == arm], float)
-    accuracy = {arm: column(arm, "test_accuracy") for arm in arms}
-    header = ["arm", "test accuracy %", "95 % interval", f"minus {baseline}", "95 % interval", "params",
-              "germinated", "kept", "pruned", "rollbacks"]  # fmt: skip
-    bounds = lambda i, f: f"[{f(i.low)}, {f(i.high)}]"
-    rows = []
-    for arm in arms:
-        own, gain = statistics.mean_interval(accuracy[arm]), statistics.mean_interval(accuracy[arm] - accuracy[baseline])
-        difference = ["-", "-"] if arm == baseline else [
-            statistics.signed(gain.mean) + ("*" if gain.excludes_zero else ""), bounds(gain, statistics.signed)
-        ]  # fmt: skip
-        counts = [f"{column(arm, name).mean():.1f}" for name in ("germinated", "fossilised", "pruned", "rollbacks")]
-        rows.append([arm, f"{own.mean:.2f}", bounds(own, lambda v: f"{v:.2f}"), *difference,
-                     f"x{column(arm, 'params_ratio').mean():.2f}", *counts])  # fmt: skip
-    return header, rows, accuracy
+def header(console: Console, options: Options, cfg: Config, out: Path) -> None:
+    channels = 1 if cfg.data.name == "digits" else 3
+    host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
+    device, epochs = provenance.device(cfg), cfg.training.epochs
+    controllers = len(default_controllers(cfg)) + 1 + bool(options.script)
+    total = epochs * (cfg.rounds * cfg.n_envs + controllers * cfg.report_envs)
+    console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
+    console.facts({
+        "run": str(out),
+        "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
+        "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
+        + "blueprints " + " ".join(name for name in cfg.lifecycle.blueprints if name != "noop"),
+        "plan": f"{cfg.rounds} rounds x {cfg.n_envs} environments x {epochs} epochs, then {controllers} arms x "
+        f"{cfg.report_envs} environments: {total:,} epochs of a host",
+    })  # fmt: skip
 
 
-def train_rounds(train, cfg: Config, key, run, log, out: Path, options: Options, say: Console):
-    """The rounds, with a progress bar on a terminal and a line each elsewhere."""
-    meta = {"config": json.loads(cfg.to_json()), "data": train.dataset.identity}
-    done = int(run.round)
-    started = time.perf_counter()
-    with progress(say) as bar:
-        task = bar.add_task("rounds", total=cfg.rounds, completed=done)
-        for number in range(done, cfg.rounds):
-            run, metrics = train.update(key, run)
+def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
+    """Trains the policy. Every round is on disk before the checkpoint that counts it."""
+    run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
+    start = int(run.round)
+    log = telemetry.RoundLog(folder / "rounds", start)
+    with job.console.bar("round", rounds, start) as bar:
+        for number in range(start, rounds):
+            run, metrics = job.train.update(job.key, run)
             arrays = telemetry.round_arrays(metrics)
             log.write(number, arrays)
-            last = number + 1 == cfg.rounds
-            if last or (number + 1) % options.checkpoint_every == 0:
-                checkpoint.save(out / "checkpoints", number + 1, run, meta)
-            bar.advance(task)
-            line = (
-                f"round {number + 1}/{cfg.rounds}  t={time.perf_counter() - started:.0f}s  "
-                f"acc={arrays['rounds/val_accuracy'][:, -1].mean():.1f}  "
-                f"return={np.nansum(arrays['rounds/reward'], 1).mean():.2f}  "
-                f"kl={arrays['learner/approx_kl']:.4f}  entropy={arrays['learner/entropy']:.2f}  "
-                f"rollbacks={arrays['rounds/panic'].sum()}"
-            )
-            bar.console.print(line, highlight=False) if not say.is_terminal else bar.update(task, description=line)
-    return run
+            if every and ((number + 1) % every == 0 or number + 1 == rounds):
+                checkpoint.save(folder, number + 1, run, job.meta)
+            bar.advance(round_note(arrays))
+    return run, log.stacked()
 
 
-def progress(say: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=say, disable=not say.is_terminal)
+def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
+    arms = {}
+    with job.console.bar("arm", len(job.train.controllers)) as bar:
+        for name in job.train.controllers:
+            arms[name] = jax.device_get(job.train.compare(job.key, run, name))
+            bar.advance(f"{name:<10} report-test accuracy {arms[name].test.accuracy.mean():.1f}", what="")
+    return telemetry.arm_arrays(arms)
 
 
-def main(argv: list[str] | None = None) -> None:
-    use_cores()
+def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
+    """The files of a finished run, and the result on the screen."""
+    out, console, name = job.out, job.console, job.card["data"]["name"]
+    with console.step("files", str(out)):
+        telemetry.write_arrays(out / "metrics.npz", metrics)
+        telemetry.write_lines(out / "lifecycle.jsonl", telemetry.lifecycle(metrics))
+        telemetry.write_csv(out / "outcomes.csv", telemetry.outcomes(metrics), telemetry.OUTCOMES)
+        pictures = {}
+        for draw in (plots.curves, plots.seeds) + ((plots.learning,) if job.cfg.rounds else ()):
+            path = out / f"{draw.__name__}.png"
+            pictures[path] = draw(path, metrics, name)
+        rows, claim = report.table(metrics), report.sentence(metrics, name)
+        seconds = console.durations | {"total": console.elapsed()}
+        card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
+        telemetry.write_json(out / "run.json", card)
+        title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
+        (out / "report.html").write_text(report.page(title, rows, claim, pictures, card))
+        text = "\n".join([title, "", text_table(report.COLUMNS, rows), *report.NOTES, "", claim, ""])
+        (out / "summary.txt").write_text(text)
+    console.table(report.COLUMNS, rows)
+    for line in (*report.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
+        console.say(line, always=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
     compilation.use_cache(compilation.cache_folder())
-    say = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        options, preset = parse(sys.argv[1:] if argv is None else argv)
-        execute(options, preset, say)
+        job = prepare(parse(argv), argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def execute(options: Options, preset: str, say: Console) -> None:
-    cfg = spread(options.config)
-    tell = lambda text: say.print(text, highlight=False, markup=False, soft_wrap=True)
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{preset}-{cfg.seed}"
-    if options.resume and not (out / "checkpoints").is_dir():
-        raise ValueError(f"--resume: no checkpoints in {out}; give the folder of the run with --out")
-    if not options.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: exists and is not empty; add --resume to go on with it")
-    clock, seconds = time.perf_counter(), {}
-
-    def lap(name: str) -> float:
-        nonlocal clock
-        seconds[name] = round(time.perf_counter() - clock, 2)
-        clock = time.perf_counter()
-        return seconds[name]
-
-    t, kind = cfg.training, jax.devices()[0]
-    tell(f"esper_jax {version('esper_jax')}  cifar  preset {preset}  ->  {out}")
-    tell(f"  device  {cfg.devices} x {kind.device_kind}  {t.compute_dtype}  jax {jax.__version__}")
-    tell(f"  plan    {cfg.rounds} rounds x {cfg.n_envs} environments x {t.epochs} epochs = "
-         f"{cfg.rounds * cfg.n_envs * t.epochs:,} epochs of {t.batches_per_epoch} x {t.batch_size} images")  # fmt: skip
-    dataset = data.load(cfg.data, announce=tell)
-    tell(f"  data    {dataset.name}: {len(dataset.train.labels):,} train, {len(dataset.validation.labels):,} validation, "
-         f"{len(dataset.test.labels):,} report-test images of {'x'.join(map(str, dataset.train.images.shape[1:]))}  "
-         f"({dataset.identity})  {lap('data')}s")  # fmt: skip
-    rules = default_controllers(cfg)
-    if options.script:
-        rules["script"] = baselines.script(baselines.parse_script(options.script.read_text()))
-    train = make_train(cfg, dataset, rules)
-    key = jax.random.key(cfg.seed)
-    run = train.init(key)
-    host = cnn.param_count(cnn.init(key, cfg.host, channels=dataset.train.images.shape[-1], classes=len(dataset.classes)))
-    tell(f"  host    {host:,} parameters, slots {', '.join(cfg.host.slot_names)}; seeds: {', '.join(cfg.lifecycle.blueprints)}")
-    tell("  compile ... (kept in the user's cache: faster next time)")
-    compilation.compile_ahead(train, cfg, key, run, lambda name, s: tell(f"          {name}  {s:.1f}s"))
-    lap("compile")
-
-    if options.resume:
-        meta = {"config": json.loads(cfg.to_json()), "data": dataset.identity}
-        run, at = checkpoint.restore(out / "checkpoints", run, meta)
-        run = devices.replicate(run, devices.make_mesh(cfg.devices))
-        tell(f"  resume  after round {at}")
-    out.mkdir(parents=True, exist_ok=True)
-    card = run_card(cfg, preset, dataset)
-    telemetry.write_json(out / "run.json", card)
-    log = telemetry.RoundLog(out / "rounds", int(run.round))
-    run = train_rounds(train, cfg, key, run, log, out, options, say)
-    lap("rounds")
-
-    arms = {}
-    with progress(say) as bar:
-        task = bar.add_task("comparison", total=len(train.controllers))
-        for name in train.controllers:
-            bar.update(task, description=f"comparison: {name}")
-            arms[name] = jax.block_until_ready(train.compare(key, run, name))
-            bar.advance(task)
-    lap("comparison")
-    write(out, card | {"seconds": seconds}, log, arms, cfg, dataset, tell)
-
-
-def write(out: Path, card: dict, log, arms: dict, cfg: Config, dataset: data.Dataset, tell) -> None:
-    """All files of the run, and the end block on the screen."""
-    arrays = log.stacked() | telemetry.arm_arrays(arms)
-    outcomes = telemetry.outcomes(arrays)
-    telemetry.write_arrays(out / "metrics.npz", arrays)
-    telemetry.write_csv(out / "outcomes.csv", outcomes, telemetry.OUTCOMES)
-    telemetry.write_lines(out / "lifecycle.jsonl", telemetry.lifecycle(arrays))
-    telemetry.write_json(out / "run.json", card)
-    header, rows, accuracy = table_rows(outcomes, "never")
-    sentence = statistics.verdict(
-        accuracy, policy=POLICY, baseline="never", data=dataset.name, metric="report-test accuracy"
-    )
-    plots.accuracy_curves(out / "curves.png", arrays, dataset.name)
-    plots.seed_lives(out / "seeds.png", arrays, cfg.host.slot_names, dataset.name)
-    title = f"{dataset.name}, {cfg.report_envs} environments per arm, seed {cfg.seed}"
-    report.write(out / "report.html", title=title, header=header, rows=rows, sentence=sentence, card=card)
-    end = Console(record=True, width=140, file=io.StringIO())
-    table = Table(*header, title=title, title_justify="left", caption="* the interval of the paired difference excludes 0")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    end.print(table)
-    summary = end.export_text() + sentence + "\n"
-    (out / "summary.txt").write_text(summary)
-    tell("\n" + summary)
-    spent = "  ".join(f"{name} {value:.0f}s" for name, value in card["seconds"].items())
-    tell(f"{spent}\nwrote {out}/: report.html (open it), summary.txt, curves.png, seeds.png, metrics.npz, outcomes.csv, "
-         "lifecycle.jsonl, run.json, checkpoints/")  # fmt: skip
+        return 2
+    try:
+        with job.console.step("compile", "rollout, learner, report") as said:
+            note = lambda name, seconds: said.append(f"{name} {seconds:.0f} s")
+            rounds_left = job.cfg.rounds - int(job.run.round)
+            compilation.compile_ahead(job.train, job.cfg.replace(rounds=rounds_left), job.key, job.run, note)
+        run, rounds = learn(job)
+        publish(job, rounds | compare(job, run))
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: {PROGRAM} --resume {job.out}", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

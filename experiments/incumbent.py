@@ -4,8 +4,8 @@
 
 A process of its own, so that two of them can run side by side and measurements can alternate with other programs: it
 prints `ready`, then, for each line that it reads (`train` or `epoch`), how many seconds that work took. One environment
-after the other, eager calls, no compiler: the way such systems are usually written. Only this file imports torch, which is
-not a dependency of the project.
+after the other, eager calls, no compiler: the way such systems are usually written. Only this file imports torch, which
+is not a dependency of the project.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ class Incumbent:
         if name == "train":
             self._train(self.bare, self.settings.train_batches, augment=False)
         else:
-            self._train(self.grown, self.settings.epoch_batches, augment=True, alpha=[ALPHA] * len(self.settings.widths))
+            self._train(
+                self.grown, self.settings.epoch_batches, augment=True, alpha=[ALPHA] * len(self.settings.widths)
+            )
             self._evaluate(self.grown)
 
 

@@ -1,8 +1,8 @@
 """What the layers must compute and move per image, counted by hand, and how long a machine needs for that at least.
 
-FLOPs are those of convolutions and dense layers, 2 per multiply-add: what a measured matrix product can be compared with.
-Bytes are what a layer has to read and write if everything inside it (slices, normalised maps) stays in a cache: its
-stored inputs and outputs, once for each time that it needs them. Weights are left out: a batch shares them.
+FLOPs are those of convolutions and dense layers, 2 per multiply-add: what a measured matrix product can be compared
+with. Bytes are what a layer has to read and write if everything inside it (slices, normalised maps) stays in a cache:
+its stored inputs and outputs, once for each time that it needs them. Weights are left out: a batch shares them.
 """
 
 from __future__ import annotations

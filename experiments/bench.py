@@ -1,0 +1,347 @@
+"""What the tables of `experiments.throughput` share: how to measure, and what is measured.
+
+Axis letters: E environments, S slots, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding
+
+from esper_jax import data, devices, make_env
+from esper_jax.config import Config, TrainingConfig
+from esper_jax.devices import EACH, SAME
+from esper_jax.env import training
+from esper_jax.network import cnn, seed_bank
+from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, Stage
+
+CLASSES = 10
+LEAST_RUNS = 3  # of a comparison that takes long
+MIXTURE = (Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
+
+
+# --- how to measure --------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    table: str
+    name: str
+    value: float | None  # None: could not be measured, `unit` says why
+    unit: str
+    n: int
+    spread: float | None
+
+
+def row(table: str, name: str, values: Any, unit: str) -> Row:
+    """Median and distance between the quartiles."""
+    values = np.atleast_1d(np.asarray(values, float))
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return Row(table, name, float(middle), unit, len(values), float(high - low))
+
+
+def interleaved(runs: dict[Any, Callable[[], Any]], repeats: int, seconds: float) -> dict[Any, np.ndarray]:
+    """Seconds of each run in rounds A B ... A B ..., after one round that does not count.
+
+    Stops early after LEAST_RUNS rounds if they took longer than `seconds`. A run that returns a float has measured
+    itself.
+    """
+    times = {name: [] for name in runs}
+    began = math.inf
+    for k in range(repeats + 1):
+        if k > LEAST_RUNS and time.perf_counter() - began > seconds:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            result = run()
+            if not isinstance(result, float):
+                jax.block_until_ready(result)
+                result = time.perf_counter() - start
+            if k > 0:
+                times[name].append(result)
+        began = min(began, time.perf_counter())
+    return {name: np.array(column) for name, column in times.items()}
+
+
+class Program(NamedTuple):
+    """A function compiled ahead of time for some devices."""
+
+    compiled: Any
+    mesh: Any
+    in_specs: tuple
+    seconds: float  # to compile
+
+    def bind(self, *args) -> Callable[[], Any]:
+        """A run with these arguments, which are put where they belong now."""
+        args = _place(args, self.mesh, self.in_specs)
+        return lambda: self.compiled(*args)
+
+    @property
+    def mebibytes(self) -> float:
+        """Arguments, results and scratch space on one device, by the compiler's own account."""
+        m = self.compiled.memory_analysis()
+        return (m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes) / 2**20
+
+
+def build(body: Callable, n_devices: int, in_specs: tuple, *args) -> Program:
+    """`body(*args, axis_name=)` compiled over so many devices; its results have a leading axis of environments."""
+    mesh = devices.make_mesh(n_devices)
+    args = _place(args, mesh, in_specs)
+    function = devices.over_devices(body, mesh, in_specs, EACH)
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    return Program(compiled, mesh, in_specs, time.perf_counter() - start)
+
+
+def _place(args: tuple, mesh, in_specs: tuple) -> tuple:
+    return tuple(jax.device_put(arg, NamedSharding(mesh, spec)) for arg, spec in zip(args, in_specs, strict=True))
+
+
+def high_water() -> tuple[float, str]:
+    """Most memory used so far, and whose."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20, "MiB (device, high-water mark)"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "MiB (process, high-water mark)"
+
+
+def describe_device(precision: str) -> str:
+    """How many devices of what kind, and the precision of the features."""
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        name = platform.processor()
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        kind = f"CPU core ({name or platform.machine()})"
+    return f"{jax.device_count()} x {kind}, {precision}"
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a preset measures."""
+
+    cfg: Config  # its n_envs is that of the learner table
+    image_size: int
+    train_images: int
+    populations: tuple[int, ...]  # E, ascending: memory is a high-water mark
+    largest_epoch: int  # whole environment epochs up to this E
+    chunks: tuple[int, ...]  # values of env_chunk to try
+    images_per_run: int  # trained in one measurement, at least
+    growth_envs: int
+    growth_batches: int
+    evaluation_envs: int
+    slot_counts: tuple[int, ...]  # S of the evaluation table
+    matrix: int  # side of the measured matrix product
+    copied: int  # elements of the measured copy
+    repeats: int
+    seconds: float  # a comparison that takes longer stops after LEAST_RUNS runs
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What to measure it on."""
+
+    size: Size
+    cfg: Config
+    dataset: data.Dataset
+
+    def measure(self, runs: dict[Any, Callable[[], Any]]) -> dict[Any, np.ndarray]:
+        return interleaved(runs, self.size.repeats, self.size.seconds)
+
+    def n_devices(self, envs: int) -> int:
+        """As many as divide the environments."""
+        return math.gcd(envs, jax.device_count())
+
+    def chunk(self, envs: int, chunk: int | None = None) -> int:
+        """The nearest chunk that divides the environments of one device."""
+        return math.gcd(envs // self.n_devices(envs), chunk or self.cfg.env_chunk)
+
+    def indices(self, envs: int, batches: int, batch_size: int) -> jax.Array:
+        """Which images to train on."""
+        shape = (envs, batches, batch_size)
+        return jnp.asarray(np.random.default_rng(1).integers(0, self.size.train_images, shape), jnp.int32)
+
+    def epoch_args(self, states) -> tuple:
+        """Arguments of an `env_epoch`."""
+        return self.dataset, jax.random.split(jax.random.key(3), states.epoch.shape[0]), states
+
+
+def make_bench(size: Size) -> Bench:
+    dataset = random_dataset(size.image_size, size.train_images, size.cfg.data.validation_size)
+    return Bench(size, size.cfg, dataset)
+
+
+def random_dataset(size: int, train: int, validation: int, channels: int = 3) -> data.Dataset:
+    """Random pixels and labels."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        images = rng.integers(0, 256, (n, size, size, channels), np.uint8)
+        return data.Split(jnp.asarray(images), jnp.asarray(rng.integers(0, CLASSES, n), jnp.int32))
+
+    return data.Dataset(
+        train=split(train), validation=split(validation), test=split(1), name="random",
+        classes=tuple(map(str, range(CLASSES))), mean=(0.5,) * channels, std=(0.25,) * channels, augment=True,
+        identity="random", source="random",
+    )  # fmt: skip
+
+
+def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
+    """As `train.py` maps environments."""
+    return lax.map(fun, xs) if chunk == 1 else lax.map(fun, xs, batch_size=chunk)
+
+
+def fetch_plain(dataset: data.Dataset, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A training batch as the product makes it, not augmented."""
+    return data.train_batch(jax.random.key(0), dataset.replace(augment=False), indices)
+
+
+# --- populations -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _newborn(bench: Bench):
+    env = make_env(bench.cfg, bench.dataset)
+    return jax.jit(env.init)(jax.random.key(0)).replace(epoch=jnp.int32(1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _germinate(names: tuple[str, ...], width: int, blueprints: jax.Array) -> jax.Array:
+    keys = jax.random.split(jax.random.key(4), blueprints.shape[0])
+    fresh = functools.partial(seed_bank.germinate, kinds=seed_bank.table(names), width=width)
+    return jax.vmap(lambda key, kind: fresh(key, kind=kind))(keys, seed_bank.kind_of(blueprints, names))
+
+
+def empty(bench: Bench, envs: int):
+    """E environments after their first epoch, all slots empty."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (envs, *leaf.shape)), _newborn(bench))
+
+
+def grown(bench: Bench, blueprints: Any, stages: Any):
+    """Environments with seeds of these blueprints (names `[E, S]`) in these stages (`[E, S]`, DORMANT for none)."""
+    stage = np.asarray(stages, np.int32)
+    state = empty(bench, len(stage))
+    here = stage != Stage.DORMANT
+    blending = stage == Stage.BLENDING
+    kind = jnp.asarray(np.where(here, np.vectorize(BLUEPRINTS.index)(blueprints), -1), jnp.int32)
+    alpha = np.select([blending, here & (stage > Stage.BLENDING)], [0.5, 1.0], 0.0)
+    integers = lambda values: jnp.asarray(np.broadcast_to(values, stage.shape), jnp.int32)
+    record = state.slots
+    ramp = record.alpha.replace(
+        alpha=jnp.asarray(alpha, jnp.float32),
+        target=jnp.ones(stage.shape),
+        mode=integers(np.where(blending, AlphaMode.UP, AlphaMode.HOLD)),
+        steps_total=integers(8),
+        steps_done=integers(4),
+    )
+    record = record.replace(
+        stage=integers(stage),
+        blueprint=kind,
+        algorithm=integers(np.where(here, AlphaAlgorithm.ADD, AlphaAlgorithm.NONE)),
+        epochs_total=integers(np.where(here, 5, 0)),
+        alpha=ramp,
+    )
+    seeds = [
+        seed.replace(params=_germinate(seed.blueprints, seed.width, kind[:, s]))
+        for s, seed in enumerate(state.model.seeds)
+    ]
+    return state.replace(slots=record, model=state.model.replace(seeds=tuple(seeds)))
+
+
+def uniform(bench: Bench, envs: int, blueprint: str, live: int):
+    """Environments with the same seed, blending, in the first `live` slots."""
+    n_slots = len(bench.cfg.host.slot_names)
+    stages = [Stage.BLENDING] * live + [Stage.DORMANT] * (n_slots - live)
+    return grown(bench, [[blueprint] * n_slots] * envs, [stages] * envs)
+
+
+def mixture(bench: Bench, envs: int):
+    """Environments with a random blueprint at a random stage, or none, in every slot."""
+    rng = np.random.default_rng(2)
+    offered = [name for name in bench.cfg.lifecycle.blueprints if name != "noop"]
+    shape = (envs, len(bench.cfg.host.slot_names))
+    return grown(bench, rng.choice(offered, shape), rng.choice(MIXTURE, shape))
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def bare_batch(host: cnn.HostVars, momentum: Any, x: jax.Array, labels: jax.Array, cfg: TrainingConfig):
+    """`training.train_batch` of a host that has no slots at all: same loss, clipping and optimiser."""
+
+    def objective(params):
+        features = x.astype(cfg.compute_dtype)
+        logits, new = cnn.apply(host.replace(params=params), features, train=True, tile_pixels=cfg.tile_pixels)
+        loss, correct = training.loss_and_accuracy(logits, labels)
+        return loss, (new.stats, correct)
+
+    (loss, (stats, correct)), grads = jax.value_and_grad(objective, has_aux=True)(host.params)
+    factor = training.clip_factor(optax.tree.norm(grads), cfg.clip_norm)
+    grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, momentum = training.host_optimiser(cfg).update(grads, momentum, host.params)
+    return host.replace(params=optax.apply_updates(host.params, updates), stats=stats), momentum, (loss, correct)
+
+
+@functools.cache
+def bare_train(bench: Bench, envs: int, batches: int, chunk: int, cfg: TrainingConfig | None = None):
+    """Training of hosts without slots; returns the program and its arguments."""
+    cfg = cfg or bench.cfg.training
+
+    def body(dataset, hosts, momenta, indices, axis_name):
+        def one(env):
+            def step(carry, batch):
+                host, momentum, measured = bare_batch(*carry, *fetch_plain(dataset, batch), cfg)
+                return (host, momentum), measured
+
+            host, momentum, indices = env
+            return lax.scan(step, (host, momentum), indices)
+
+        return over_environments(one, (hosts, momenta, indices), chunk)
+
+    state = empty(bench, envs)
+    args = (bench.dataset, state.model.host, state.optimiser.host, bench.indices(envs, batches, cfg.batch_size))
+    return build(body, bench.n_devices(envs), (SAME, EACH, EACH, EACH), *args), args
+
+
+@functools.cache
+def env_epoch(bench: Bench, envs: int) -> Program:
+    """Whole environment epochs: training, evaluation of all configurations, governor, reward, observation."""
+    chunk = bench.chunk(envs)
+
+    def body(dataset, keys, states, axis_name):
+        env = make_env(bench.cfg, dataset)
+        return over_environments(lambda one: env.step(*one, Action()), (keys, states), chunk)
+
+    return build(body, bench.n_devices(envs), (SAME, EACH, EACH), *bench.epoch_args(empty(bench, envs)))
+
+
+@functools.cache
+def peaks(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
+    """FLOP/s of a matrix product and bytes/s of a scaled copy, on all devices at once, run by run."""
+    n = jax.device_count()
+    dtype = jnp.dtype(bench.cfg.training.compute_dtype)
+    side, copied = bench.size.matrix, bench.size.copied
+    matrices, vectors = jnp.ones((n, side, side), dtype), jnp.ones((n, copied), dtype)
+    product = build(lambda x, axis_name: lax.map(lambda a: a @ a, x), n, (EACH,), matrices)
+    copy = build(lambda x, axis_name: x * 2, n, (EACH,), vectors)
+    times = bench.measure({"product": product.bind(matrices), "copy": copy.bind(vectors)})
+    return n * 2 * side**3 / times["product"], n * 2 * copied * dtype.itemsize / times["copy"]
