@@ -4,7 +4,7 @@
     state, step = restore(folder, template, {"config": ...})
 
 A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape,
-dtype and SHA-256 of every leaf, and the facts that have to be the same when the state is used again. Any difference is
+dtype and SHA-256 of every leaf, the SHA-256 of every file, and the facts that have to be the same when the state is used again. Any difference is
 one `CheckpointError` that names the first path and both values; nothing is ever restored in part. A checkpoint gets its
 name only once it is complete, so a process may die at any moment.
 """
@@ -44,20 +44,28 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, kee
     for leftover in folder.glob(".writing_*"):
         shutil.rmtree(leftover)
     work.mkdir()
-    with _orbax() as checkpointer:
-        checkpointer.save(work / "state", _storable(arrays))
-        checkpointer.wait_until_finished()
-    fingerprint = {"step": step, "meta": _plain(meta), "leaves": {path: _facts(leaf) for path, leaf in arrays.items()}}
+    if _storable(arrays):
+        with _orbax() as checkpointer:
+            checkpointer.save(work / "state", _storable(arrays))
+            checkpointer.wait_until_finished()
+    leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
+    fingerprint = {"meta": _plain(meta), "leaves": leaves, "files": _files(work / "state")}
     with open(work / FINGERPRINT, "w") as file:
         json.dump(fingerprint, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final)  # the checkpoint before it is still there
+        _drop(final)
     work.rename(final)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step_{old:08d}")
+        _drop(folder / f"step_{old:08d}")
     return final
+
+
+def _drop(checkpoint: Path) -> None:
+    """Deletes a checkpoint, which loses its name first: half of one must not be taken for a whole one."""
+    doomed = checkpoint.rename(checkpoint.with_name(f".writing_{checkpoint.name}"))
+    shutil.rmtree(doomed)
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -85,7 +93,7 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
     place = folder / f"step_{step:08d}"
     try:
         stored = json.loads((place / FINGERPRINT).read_text())
-        recorded = stored["leaves"]
+        recorded, files = stored["leaves"], stored["files"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{place / FINGERPRINT}: cannot be read: {error}") from None
     _compare(place, "", stored["meta"], _plain(meta))
@@ -93,13 +101,14 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
     shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
     _compare(place, "", {path: {"shape": f["shape"], "dtype": f["dtype"]} for path, f in recorded.items()}, shapes)
 
+    present = _files(place / "state")
+    for name in [*files, *present]:  # Orbax itself reads a damaged folder in part, or never comes back
+        if files.get(name) != present.get(name):
+            raise CheckpointError(f"{place / 'state' / name}: is damaged, missing, or does not belong here")
+
     blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
-    try:
-        with _orbax() as checkpointer:
-            read = checkpointer.restore(place / "state", _storable(blank)) if _storable(blank) else {}
-    except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{place}: the stored arrays cannot be read: {reason}") from error
+    with _orbax() as checkpointer:
+        read = checkpointer.restore(place / "state", _storable(blank)) if present else {}
     leaves = []
     for number, (path, like) in enumerate(wanted.items()):
         leaf = np.asarray(read.get(_key(number), blank[path]))
@@ -144,6 +153,12 @@ def _checked(state: Any) -> Any:
 def _facts(leaf: np.ndarray) -> dict[str, Any]:
     digest = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder; none if it does not exist."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:

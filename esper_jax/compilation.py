@@ -1,4 +1,4 @@
-"""Compiling a run's programs before it starts, at the same time, so that the wait has a name and is short.
+"""Devices and programs of a run, before it starts: compiled at the same time, so that the wait has a name and is short.
 
 Compiled programs are kept in the user's cache directory, so a second start finds them there.
 """
@@ -34,6 +34,18 @@ def use_cache(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def spread(cfg: Config) -> Config:
+    """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
+
+    def even(n: int) -> bool:
+        unit = n * cfg.env_chunk
+        minibatches = cfg.n_envs % (n * cfg.ppo.minibatches) == 0
+        return cfg.n_envs % unit == 0 and cfg.report_envs % unit == 0 and minibatches
+
+    most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
+    return cfg if cfg.devices else cfg.replace(devices=most)
 
 
 def compile_ahead(

@@ -114,13 +114,11 @@ def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None
     handles = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
     handles.append(Line2D([], [], color="red", linestyle=":", label="rollback"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(
-        f"Life of the seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)"
-    )
+    figure.suptitle(f"Seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)")
     figure.savefig(path, dpi=110)
     return (
-        f"Life of the seeds in environment {env} (the median one under the policy): a lane per slot, coloured by stage at the "
-        "end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
+        f"Life of the seeds in environment {env} (the median one under the policy): a lane per slot, coloured by stage "
+        "at the end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
     )
 
 

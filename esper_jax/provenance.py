@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import platform
@@ -15,6 +16,8 @@ from esper_jax.config import Config
 from esper_jax.data import Dataset
 
 PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# How long a run goes on and where: the configuration that may differ between a run and its continuation.
+NOT_COMPUTED = ("rounds", "report_envs", "devices")
 
 
 def versions() -> dict[str, str | None]:
@@ -53,8 +56,22 @@ def data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def config_hash(cfg: Config) -> str:
-    return hashlib.sha256(cfg.to_json().encode()).hexdigest()[:16]
+def computed(cfg: Config) -> dict[str, Any]:
+    """What decides the numbers of a round."""
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_COMPUTED}
+
+
+def run_card(cfg: Config, dataset: Dataset) -> dict[str, Any]:
+    """Everything that somebody else needs to get the same numbers."""
+    return {
+        "seed": cfg.seed,
+        "data": data(dataset),
+        "device": device(cfg),
+        "versions": versions(),
+        "source": git(),
+        "config_hash": hashlib.sha256(cfg.to_json().encode()).hexdigest()[:16],
+        "config": dataclasses.asdict(cfg),
+    }
 
 
 def git() -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The result of a run: its table and sentence as text, and one self-contained HTML page that works without a network."""
+"""The result of a run: its table and sentence, and one self-contained HTML page that works without a network."""
 
 from __future__ import annotations
 

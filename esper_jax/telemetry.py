@@ -179,9 +179,9 @@ def _cell(value: Any) -> Any:
 def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     """What happened to the slots of the comparison's episodes, from the arrays of metrics.npz.
 
-    One row per slot whose stage changed in an epoch, and one per op that was asked for without changing its slot's stage
-    (refused, failed at its gate, or a new alpha target). `cause` is the op, `tick` (by itself) or `governor`. An op and
-    a tick in the same epoch can move a slot through two stages: `from` and `to` are those at the ends of epochs.
+    One row per slot whose stage changed in an epoch, and one per op that was asked for without changing its slot's
+    stage (refused, failed at its gate, or a new alpha target). `cause` is the op, `tick` (by itself) or `governor`. An
+    op and a tick in one epoch can move a slot through two stages: `from` and `to` are those at the ends of epochs.
     """
     arms = {name.removeprefix("arms/"): array for name, array in metrics.items() if name.startswith("arms/")}
     stage = arms["stage"]

@@ -5,9 +5,9 @@
     run, metrics = train.update(key, run)        # one round; the same key every time, the round number is in `run`
     result = train.compare(key, run, "eager")    # episodes of one controller on keys that all controllers share
 
-This is the only place that maps over environments. Environment e of round r is a function of (config, key, r, e) alone, so
-a run resumes without stored keys and does not depend on how environments are spread over devices. All controllers,
-learned or not, go through one compiled rollout: which one acts is an argument.
+This is the only place that maps over environments. Environment e of round r is a function of (config, key, r, e)
+alone, so a run resumes without stored keys and does not depend on how environments are spread over devices. All
+controllers, learned or not, go through one compiled rollout: which one acts is an argument.
 
 Axis letters: E environments, T epochs of an episode, S slots, D features.
 """
@@ -51,7 +51,8 @@ class RunState:
 
 @struct.dataclass
 class Rollout:
-    """Episodes of E environments, axes [E, T, ...]. Row 0 is an episode's birth: its first epoch, before any decision."""
+    """Episodes of E environments, axes [E, T, ...]. Row 0 is an episode's birth: its first epoch, before any
+    decision."""
 
     features: Array  # f32[E, T, D] as encoded, not normalised
     masks: Masks
@@ -182,9 +183,7 @@ def make_train(
                 birth = t == 0
                 memory, action = _select(birth, (memory, Action()), (thought, action))
                 new_state, new_obs, reward, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
-                row = Rollout(
-                    obs.features, obs.masks, action, extras.log_prob, extras.value, reward, done, reset, info
-                )
+                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, reward, done, reset, info)
                 return (new_state, new_obs, memory, done), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))

@@ -8,7 +8,6 @@ writes a folder with the table, the pictures and everything they were made from;
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -28,7 +27,6 @@ from esper_jax import (
     data,
     make_env,
     make_train,
-    plots,
     presets,
     provenance,
     report,
@@ -40,8 +38,6 @@ from esper_jax.network import cnn
 from esper_jax.train import RunState, Train, default_controllers
 
 PROGRAM = "python -m experiments.cifar"
-# What may change when a run is resumed: how long it goes on and where, not what it computes.
-FREE_ON_RESUME = ("rounds", "report_envs", "devices")
 
 
 @dataclass(frozen=True)
@@ -110,32 +106,15 @@ def parse(argv: list[str]) -> Options:
         raise ValueError("--out and --resume: give one of them; a resumed run goes on in its own folder")
     if options.resume and options.preset != preset:
         raise ValueError(f"--preset {options.preset} and --resume: {options.resume} is a run of preset {preset}")
-    if options.resume and computed(options.config) != computed(Config.from_json(json.dumps(card["config"]))):
-        raise ValueError(f"--resume {options.resume}: only {', '.join(FREE_ON_RESUME)} may differ from that run's")
+    if options.resume and provenance.computed(options.config) != provenance.computed(cfg):
+        raise ValueError(f"--resume {options.resume}: only {', '.join(provenance.NOT_COMPUTED)} may differ from then")
     return options
-
-
-def computed(cfg: Config) -> dict:
-    """What decides the numbers of a round."""
-    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE_ON_RESUME}
-
-
-def spread(cfg: Config) -> Config:
-    """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
-
-    def even(n: int) -> bool:
-        unit = n * cfg.env_chunk
-        minibatches = cfg.n_envs % (n * cfg.ppo.minibatches) == 0
-        return cfg.n_envs % unit == 0 and cfg.report_envs % unit == 0 and minibatches
-
-    most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
-    return cfg if cfg.devices else cfg.replace(devices=most)
 
 
 def prepare(options: Options, argv: list[str]) -> Job:
     """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError."""
     now = datetime.now()
-    cfg = spread(options.config)
+    cfg = compilation.spread(options.config)
     console = Console(quiet=options.quiet)
     out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
     if not options.resume and out.exists() and any(out.iterdir()):
@@ -150,8 +129,8 @@ def prepare(options: Options, argv: list[str]) -> Job:
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
     with console.step("data", cfg.data.name) as said:
         dataset = data.load(cfg.data, announce=warn)
-        facts = provenance.data(dataset)
-        images = ", ".join(f"{n} {part}" for part, n in facts["images"].items())
+        card = provenance.run_card(cfg, dataset)
+        images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
         said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
     if dataset.name != "cifar10":
         warn(f"THE DATA ARE '{dataset.name}', NOT CIFAR-10")
@@ -163,7 +142,7 @@ def prepare(options: Options, argv: list[str]) -> Job:
     with console.step("init", "policy"):
         run = jax.block_until_ready(train.init(key))
 
-    meta = {"config": computed(cfg), "data": dataset.identity}
+    meta = {"config": provenance.computed(cfg), "data": dataset.identity}
     if options.resume and checkpoint.steps(out / "checkpoints"):
         run, done = checkpoint.restore(out / "checkpoints", run, meta)
         if done > cfg.rounds:
@@ -175,15 +154,9 @@ def prepare(options: Options, argv: list[str]) -> Job:
         "command": " ".join([PROGRAM, *argv]),
         "started": now.isoformat(timespec="seconds"),
         "preset": options.preset,
-        "seed": cfg.seed,
         "arms": list(train.controllers),
         "script": script,
-        "data": facts,
-        "device": provenance.device(cfg),
-        "versions": provenance.versions(),
-        "source": provenance.git(),
-        "config_hash": provenance.config_hash(cfg),
-        "config": dataclasses.asdict(cfg),
+        **card,
     }
     out.mkdir(parents=True, exist_ok=True)
     telemetry.write_json(out / "run.json", card)
@@ -234,6 +207,8 @@ def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
     """The files of a finished run, and the result on the screen."""
+    from esper_jax import plots  # matplotlib is slow to import, and the first lines should be quick
+
     out, console, name = job.out, job.console, job.card["data"]["name"]
     with console.step("files", str(out)):
         telemetry.write_arrays(out / "metrics.npz", metrics)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -510,19 +510,24 @@ TABLES = {
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, name: str, rows: list[Row]) -> None:
-    """A table on a terminal, otherwise one line per number."""
+def show(console: Console, title: str, rows: Iterable[Row]) -> list[Row]:
+    """Prints a table on a terminal, otherwise one line per number as soon as it is there; returns the rows."""
     number = lambda x: "-" if x is None else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
     if not console.is_terminal:
+        shown = []
         for r in rows:
             print(f"{r.table}  {r.name}  {number(r.value)}  +-{number(r.spread)}  n={r.n}  {r.unit}", flush=True)
-        return
-    table = Table(title=TABLES[name].__doc__.splitlines()[0], title_justify="left")
+            shown.append(r)
+        return shown
+    with console.status(f"{title} ..."):
+        shown = list(rows)
+    table = Table(title=title, title_justify="left")
     for column in ("name", "value", "spread", "n", "unit"):
         table.add_column(column, justify="left" if column in ("name", "unit") else "right")
-    for r in rows:
+    for r in shown:
         table.add_row(r.name, number(r.value), number(r.spread), str(r.n), r.unit)
     console.print(table)
+    return shown
 
 
 def main(
@@ -539,21 +544,23 @@ def main(
       tables: which tables, by default all.
       repeats: runs per number, after one that does not count; by default the preset's.
     """
+    if repeats is not None and repeats < 1:
+        raise SystemExit(f"--repeats {repeats}: must be at least 1")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise SystemExit(f"--out {out}: {out.absolute().parent} is not a folder")
     preset = preset or ("gpu" if jax.default_backend() == "gpu" else "cpu")
     size = SIZES[preset] if repeats is None else dataclasses.replace(SIZES[preset], repeats=repeats)
     bench = make_bench(size)
-    device = describe_device(size.cfg.training.compute_dtype)
-    console, found = Console(), []
-    print(f"{device}; jax {jax.__version__}; preset {preset}; medians of up to {size.repeats} runs", flush=True)
+    report = {"device": describe_device(size.cfg.training.compute_dtype), "jax": jax.__version__, "rows": []}
+    print(f"{report['device']}; jax {jax.__version__}; preset {preset}; up to {size.repeats} runs each", flush=True)
+    console = Console()
     for name in tables or TABLES:
         start = time.perf_counter()
-        rows = list(TABLES[name](bench))
-        show(console, name, rows)
+        title = TABLES[name].__doc__.splitlines()[0]
+        report["rows"] += [r._asdict() for r in show(console, title, TABLES[name](bench))]
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        found += rows
-    if out is not None:
-        report = {"device": device, "jax": jax.__version__, "rows": [r._asdict() for r in found]}
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

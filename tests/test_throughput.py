@@ -131,8 +131,8 @@ def test_incumbent_without_torch_is_a_row_that_says_so(tiny, monkeypatch):
     (only,) = throughput.incumbent_table(tiny)
     assert only.value is None and only.n == 0 and only.unit.startswith("not measured")
     screen = io.StringIO()
-    throughput.show(Console(file=screen, force_terminal=True, width=120), "incumbent", [only])
-    assert "not measured" in screen.getvalue()
+    shown = throughput.show(Console(file=screen, force_terminal=True, width=120), "PyTorch", iter([only]))
+    assert shown == [only] and "PyTorch" in screen.getvalue() and "not measured" in screen.getvalue()
 
 
 def _report(tmp_path, tables):
@@ -167,6 +167,13 @@ def test_all_tables(tmp_path):
     assert needed | {"bare_train_images_per_s", "mixed_env_epochs_per_s"} <= set(rows)
     best = max(r["value"] for name, r in rows.items() if name.startswith("E") and name.endswith("train_images_per_s"))
     assert rows["bare_train_images_per_s"]["value"] == best
+
+
+def test_bad_options_are_told_before_anything_is_measured(tmp_path):
+    with pytest.raises(SystemExit, match="--repeats 0: must be at least 1"):
+        throughput.main("tiny", repeats=0)
+    with pytest.raises(SystemExit, match="missing is not a folder"):
+        throughput.main("tiny", tmp_path / "missing" / "numbers.json")
 
 
 def test_presets_measure_what_the_goals_name():

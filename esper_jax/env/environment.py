@@ -3,10 +3,10 @@
     state, obs = env.reset(key)
     state, obs, reward, done, info = env.step(key, state, action)
 
-Everything is a pure function of (config, dataset, key, actions). `reset` is a step from a newborn state in which only WAIT
-is legal, so the first epoch is trained and measured by the same code as all others. The key given to `step` decides the
-data order, the augmentation and a new seed's parameters, never the controller's choice: two controllers that get the
-same keys see the same host and the same batches.
+Everything is a pure function of (config, dataset, key, actions). `reset` is a step from a newborn state in which only
+WAIT is legal, so the first epoch is trained and measured by the same code as all others. The key given to `step`
+decides the data order, the augmentation and a new seed's parameters, never the controller's choice: two controllers
+that get the same keys see the same host and the same batches.
 """
 
 from __future__ import annotations
@@ -188,9 +188,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), newborn)
 
     def observe(state: EnvState) -> Observation:
-        inputs = observation.Inputs(
-            state.signals, state.slots, state.last_op, state.last_success, jnp.float32(horizon)
-        )
+        inputs = observation.Inputs(state.signals, state.slots, state.last_op, state.last_success, jnp.float32(horizon))
         legal = masks.legal(state.slots, cfg.lifecycle, allowed=state.epoch > 0)
         return Observation(observation.encode(inputs), legal, state.signals, state.slots)
 

@@ -1,7 +1,7 @@
 """Evaluation: the one way in which accuracies are measured (Esper's Tolaria and Simic).
 
-One pass over a split measures the network under all on/off configurations of its slots, plus loss and per-class accuracy
-of the network as it is. Validation during an episode and the report test at its end are the same function.
+One pass over a split measures the network under all on/off configurations of its slots, plus loss and per-class
+accuracy of the network as it is. Validation during an episode and the report test at its end are the same function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The observation vector: one encoder, made from a table of named features (control_and_governor 5.7).
 
-Every value is finite and lies in the feature's stated range. What was not measured is 0 beside a flag that is 0, never a
-number that looks like a measurement. `names`, `size` and `describe` are read off the same table as the vector itself.
+Every value is finite and lies in the feature's stated range. What was not measured is 0 beside a flag that is 0,
+never a number that looks like a measurement. `names`, `size` and `describe` are read off the same table as the vector
+itself.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ GLOBAL_FEATURES = (
     Feature("val_loss", 1, -1, 1, lambda i: _loss(i.signals.val_loss)),
     Feature("val_accuracy", 1, 0, 1, lambda i: i.signals.val_accuracy / 100),
     Feature("train_accuracy", 1, 0, 1, lambda i: i.signals.train_accuracy / 100),
-    Feature("loss_history", HISTORY, -1, 1, lambda i: _measured(i.signals.history_valid, _loss(i.signals.loss_history))),
-    Feature(
+    Feature("loss_history", HISTORY, -1, 1, lambda i: _measured(i.signals.history_valid,
+    _loss(i.signals.loss_history))), Feature(
         "accuracy_history", HISTORY, 0, 1,
         lambda i: _measured(i.signals.history_valid, i.signals.accuracy_history / 100),
     ),

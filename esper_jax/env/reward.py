@@ -95,8 +95,8 @@ class RewardWeights:
 class RewardInputs:
     """What the terms read.
 
-    The fields of the seeds (`SEED_FIELDS`) are `[S]` for `reward`, which judges every seed at every step and not only the
-    one that the controller happens to address; the terms themselves see one seed at a time, as scalars.
+    The fields of the seeds (`SEED_FIELDS`) are `[S]` for `reward`, which judges every seed at every step and not only
+    the one that the controller happens to address; the terms themselves see one seed at a time, as scalars.
 
     Values without `_valid` are always there; a value whose flag is False may hold anything. "Before" is the state that
     the action was chosen in, "after" the state that the transition ends in (executed, ticked, trained, measured).
@@ -168,7 +168,8 @@ class RewardInputs:
 
 SEED_FIELDS = (
     "has_seed", "stage", "epochs_in_stage", "seed_age", "contribution", "contribution_valid", "germination_accuracy",
-    "germination_accuracy_valid", "stage_improvement", "stage_improvement_valid", "interaction_sum", "interaction_valid",
+    "germination_accuracy_valid", "stage_improvement", "stage_improvement_valid", "interaction_sum",
+    "interaction_valid",
 )  # fmt: skip
 
 

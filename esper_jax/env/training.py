@@ -76,8 +76,11 @@ def init(model: Model, cfg: TrainingConfig) -> OptimiserState:
     return OptimiserState(host_optimiser(cfg).init(model.host.params), seeds)
 
 
-def reset_momentum(state: OptimiserState, seeds: Array, gates: Array, everything: Array | bool = False) -> OptimiserState:
-    """Momentum zero for the seeds in `seeds` (bool[S], gate included), the gates in `gates` (bool[S]), or everything."""
+def reset_momentum(
+    state: OptimiserState, seeds: Array, gates: Array, everything: Array | bool = False
+) -> OptimiserState:
+    """Momentum zero for the seeds in `seeds` and the gates in `gates` (bool[S]; a seed's includes its gate's), or for
+    everything."""
 
     def reset(s, leaf_path, leaf):
         is_gate = any(getattr(entry, "name", None) == "gate" for entry in leaf_path)
@@ -164,8 +167,8 @@ def train_epoch(
 ) -> tuple[Model, OptimiserState, EpochMetrics]:
     """A scan of `train_batch`.
 
-    `batches` is a pytree with a leading batch-number axis; `fetch` turns one entry into images and labels (for arrays of
-    images and labels, the identity). Gradients are sampled at batches 0, k, 2k, ...; the last sample is reported.
+    `batches` is a pytree with a leading batch-number axis; `fetch` turns one entry into images and labels (for arrays
+    of images and labels, the identity). Gradients are sampled at batches 0, k, 2k, ...; the last sample is reported.
     """
     zeros = jax.tree.map(jnp.zeros_like, model.seeds)
 

@@ -25,7 +25,8 @@ def init(n_slots: int) -> AlphaState:
 def curve(kind: Array, t: Array, steepness: Array | float = DEFAULT_STEEPNESS) -> Array:
     """Progress in [0, 1] of a ramp at time `t` (clipped to [0, 1]); `kind` is an AlphaCurve.
 
-    linear t; cosine (1 - cos(pi t)) / 2; sigmoid the logistic function of slope `steepness`, rescaled to end in 0 and 1.
+    linear t; cosine (1 - cos(pi t)) / 2; sigmoid the logistic function of slope `steepness`, rescaled to end in 0 and
+    1.
     """
     t = jnp.clip(t, 0, 1)
     k = jnp.maximum(steepness, MIN_STEEPNESS)
@@ -65,7 +66,8 @@ def retarget(
 
 
 def tick(state: AlphaState, where: Array) -> tuple[AlphaState, Array]:
-    """One epoch of the ramps in `where` (bool[S]). Returns the state and bool[S]: the target was reached by this tick."""
+    """One epoch of the ramps in `where` (bool[S]). Returns the state and bool[S]: the target was reached by this
+    tick."""
     moving = where & (state.mode != AlphaMode.HOLD) & (state.steps_total > 0)
     done = state.steps_done + moving
     reached = moving & (done >= state.steps_total)

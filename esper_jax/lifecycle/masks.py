@@ -49,8 +49,9 @@ def legal_slots(slots: SlotState, cfg: LifecycleConfig) -> Array:
 def legal(slots: SlotState, cfg: LifecycleConfig, allowed: Array | bool = True) -> Masks:
     """Masks of all heads.
 
-    `slot_by_op` narrows the slot once the op is known, so nothing illegal can be sampled. Style and alpha target are open
-    when some slot can use them, otherwise pinned to their canonical value. With `allowed` False (bool[]) only WAIT is.
+    `slot_by_op` narrows the slot once the op is known, so nothing illegal can be sampled. Style and alpha target are
+    open when some slot can use them, otherwise pinned to their canonical value. With `allowed` False (bool[]) only
+    WAIT is.
     """
     by_op = legal_slots(slots, cfg)
     by_op &= (jnp.arange(len(Op)) == Op.WAIT)[:, None] | allowed

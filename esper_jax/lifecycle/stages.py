@@ -179,9 +179,9 @@ class GateResult:
 def gate(slots: SlotState, cfg: LifecycleConfig) -> GateResult:
     """The quality gates (slots_and_hosts 3.5). What was never measured never passes a gate that asks for it.
 
-    G1 to TRAINING: always. G2 to BLENDING: permissive, some epochs of training; strict, improvement, epochs and gradient
-    ratio. G3 to HOLDING: alpha rests at 1; strict, also some epochs. G5 to FOSSILIZED: contribution measured; strict, and
-    large enough.
+    G1 to TRAINING: always. G2 to BLENDING: permissive, some epochs of training; strict, improvement, epochs and
+    gradient ratio. G3 to HOLDING: alpha rests at 1; strict, also some epochs. G5 to FOSSILIZED: contribution
+    measured; strict, and large enough.
     """
     stage, m = slots.stage, slots.metrics
     gained = improvement_in_stage(slots)

@@ -1,13 +1,14 @@
 """The seed modules: one table row each (part of Esper's Kasmina; formulas in slots_and_hosts 2.3).
 
-A seed reads the host's features at its slot and returns features of the same shape. No BatchNorm, no dropout, no bias in
-convolutions. A row has a `spec`, which says how many parameters of what shape and initial range a module has at a width,
-and a `forward` on one tile `[C, H, W, N]` (see `layers`). To add a module from outside, `register` one.
+A seed reads the host's features at its slot and returns features of the same shape. No BatchNorm, no dropout, no bias
+in convolutions. A row has a `spec`, which says how many parameters of what shape and initial range a module has at a
+width, and a `forward` on one tile `[C, H, W, N]` (see `layers`). To add a module from outside, `register` one.
 
-Every parameter starts uniform in a range (PyTorch's default for layers) or constant, so that all kinds of seeds are drawn
-by one random call. Initial values differ from the reference where its choice could never learn (a zero convolution before
-ReLU(GroupNorm) has zero gradient for ever) or exploded (a zero projection before a GroupNorm has a first gradient 316
-times too large): `conv_small` starts from the default init, `bottleneck` from a zero GroupNorm scale.
+Every parameter starts uniform in a range (PyTorch's default for layers) or constant, so that all kinds of seeds are
+drawn by one random call. Initial values differ from the reference where its choice could never learn (a zero
+convolution before ReLU(GroupNorm) has zero gradient for ever) or exploded (a zero projection before a GroupNorm has a
+first gradient 316 times too large): `conv_small` starts from the default init, `bottleneck` from a zero GroupNorm
+scale.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Blueprint(NamedTuple):
         spec = self.spec(width)
         keys = jax.random.split(key, max(len(spec), 1))
         return {
-            name: jax.random.uniform(k, p.shape, minval=p.low, maxval=p.high) if p.low < p.high else jnp.full(p.shape, p.low)
+            name: jax.random.uniform(k, p.shape, minval=p.low, maxval=p.high)
+            if p.low < p.high
+            else jnp.full(p.shape, p.low)
             for k, (name, p) in zip(keys, spec.items(), strict=False)
         }
 
@@ -150,9 +153,9 @@ def _conv_heavy(p: Params, x: Array) -> Array:
     return x + y
 
 
-# The reference sets a seed's last layer to zero when it is germinated under MULTIPLY. For these modules that zero would sit
-# before a ReLU or a sigmoid and never learn (or, in bottleneck, adds nothing to the zero scale), and the blend is the
-# identity at alpha 0 anyway: nothing is set.
+# The reference sets a seed's last layer to zero when it is germinated under MULTIPLY. For these modules that zero
+# would sit before a ReLU or a sigmoid and never learn (or, in bottleneck, adds nothing to the zero scale), and the
+# blend is the identity at alpha 0 anyway: nothing is set.
 CNN: dict[str, Blueprint] = {
     "noop": Blueprint(lambda c: {}, _noop),
     "conv_light": Blueprint(lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual),
@@ -168,8 +171,8 @@ CNN: dict[str, Blueprint] = {
 def register(name: str, blueprint: Blueprint) -> None:
     """Adds a module to the table and to the action space, behind the existing ones.
 
-    It is offered to controllers once its name is in `LifecycleConfig.blueprints`. Raises ValueError if the name is taken
-    or the module changes the shape of its input.
+    It is offered to controllers once its name is in `LifecycleConfig.blueprints`. Raises ValueError if the name is
+    taken or the module changes the shape of its input.
     """
     if name in BLUEPRINTS:
         raise ValueError(f"blueprint {name!r} exists already (known: {', '.join(BLUEPRINTS)})")

@@ -86,8 +86,8 @@ def patches(x: Array, size: int) -> Array:
 def conv_tile(x: Array, kernel: Array) -> Array:
     """Same-size convolution of one tile, no bias: `[C, H, W, N]`, `[k, k, C, O]` to `[O, H, W, N]`.
 
-    Its backward pass makes the slices again instead of keeping them, and finds the input's gradient by a convolution with
-    the flipped kernel.
+    Its backward pass makes the slices again instead of keeping them, and finds the input's gradient by a convolution
+    with the flipped kernel.
     """
     size, _, c, o = kernel.shape
     product = lax.dot_general(

@@ -1,7 +1,7 @@
 """Host and slots together (part of Esper's Kasmina): the forward pass, and the same under many alpha configurations.
 
-K alpha configurations are on/off patterns `bool[K, S]`: a slot that is off is set to alpha 0, one that is on keeps its own
-alpha. `Array` axes: T tiles, C channels, H W image, N images in a tile, B images in a batch.
+K alpha configurations are on/off patterns `bool[K, S]`: a slot that is off is set to alpha 0, one that is on keeps
+its own alpha. `Array` axes: T tiles, C channels, H W image, N images in a tile, B images in a batch.
 """
 
 from __future__ import annotations

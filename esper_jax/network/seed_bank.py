@@ -71,8 +71,8 @@ def _by_tensor(kinds: tuple[Blueprint, ...], width: int, value: Callable, fill: 
 
 
 def tensor_ids(kinds: tuple[Blueprint, ...], width: int, kind: Array) -> tuple[Array, Array]:
-    """Which tensor of number `kind` (i32[]) of the kinds each element belongs to, i32[packed_size], and how many tensors any
-    blueprint has, int; an element behind the blueprint's last tensor gets that number.
+    """Which tensor of number `kind` (i32[]) of the kinds each element belongs to, i32[packed_size], and how many
+    tensors any blueprint has, int; an element behind the blueprint's last tensor gets that number.
 
     Computed from the few sizes: a table with a row per kind and a column per element would be megabytes of constants.
     """

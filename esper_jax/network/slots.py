@@ -50,11 +50,13 @@ class Controls:
 def controls(slots: SlotState, names: tuple[str, ...], alpha_override: Array | None = None) -> Controls:
     """What the lifecycle record means for the forward pass of slots that can hold the named blueprints.
 
-    A slot acts in TRAINING, BLENDING, HOLDING and FOSSILIZED. With `alpha_override` (f32[S], NaN = keep) a slot blends at
-    that alpha, also in TRAINING.
+    A slot acts in TRAINING, BLENDING, HOLDING and FOSSILIZED. With `alpha_override` (f32[S], NaN = keep) a slot
+    blends at that alpha, also in TRAINING.
     """
     stage = slots.stage
-    acts = (stage == Stage.TRAINING) | (stage == Stage.BLENDING) | (stage == Stage.HOLDING) | (stage == Stage.FOSSILIZED)
+    acts = (
+        (stage == Stage.TRAINING) | (stage == Stage.BLENDING) | (stage == Stage.HOLDING) | (stage == Stage.FOSSILIZED)
+    )
     alpha = slots.alpha.alpha
     straight = (stage == Stage.TRAINING) & (alpha == 0)
     if alpha_override is not None:
@@ -151,9 +153,7 @@ def _branches(blueprint):
 def _slot_switch(kinds: tuple[blueprints.Blueprint, ...]):
     """The differentiable switch over "no seed" (in place of noop) and the other kinds."""
     forward = [lambda mode, alpha, isolate, params, gate, tiles: tiles]
-    backward = [
-        lambda g, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)
-    ]
+    backward = [lambda g, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)]
     for blueprint in kinds[1:]:
         one_forward, one_backward = _branches(blueprint)
         forward.append(one_forward)

@@ -1,0 +1,179 @@
+"""Checkpoints: what comes back is what was saved, or one error that says why not."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import tiny_run
+
+from esper_jax import checkpoint, telemetry
+from esper_jax.checkpoint import CheckpointError
+
+META = {"config": {"lr": 0.1, "names": ["a", "b"]}, "data": "tiny"}
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def state(scale=1.0):
+    params = {"w": jnp.arange(6.0).reshape(2, 3) * scale, "b": jnp.zeros(3, jnp.bfloat16)}
+    return Pair(
+        first={"params": params, "optimiser": optax.adam(1e-3).init(params), "round": jnp.int32(7)},
+        second=(jnp.array([True, False]), jnp.array([np.nan, np.inf, -0.0], jnp.float32), jnp.zeros((0, 4))),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save(tmp_path, 3, state(), META)
+    return tmp_path
+
+
+def test_comes_back_bit_for_bit(folder):
+    restored, step = checkpoint.restore(folder, jax.tree.map(jnp.zeros_like, state()), META)
+    assert step == 3
+    assert jax.tree.structure(restored) == jax.tree.structure(state())
+    assert tiny.equal(restored, state())
+    assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [leaf.dtype for leaf in jax.tree.leaves(state())]
+
+
+def test_template_may_be_shapes_only(folder):
+    restored, _ = checkpoint.restore(folder, jax.eval_shape(state), META)
+    assert tiny.equal(restored, state())
+
+
+def test_leaves_are_placed_like_the_template(folder):
+    mesh = jax.make_mesh((2,), ("env",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    restored, _ = checkpoint.restore(folder, jax.device_put(state(), everywhere), META)
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(restored))
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10, 11):
+        checkpoint.save(tmp_path, step, state(step), META)
+    assert checkpoint.steps(tmp_path) == [10, 11]
+    assert tiny.equal(checkpoint.restore(tmp_path, state(), META)[0], state(11))
+    assert tiny.equal(checkpoint.restore(tmp_path, state(), META, step=10)[0], state(10))
+
+
+def test_saving_a_step_again_replaces_it(folder):
+    checkpoint.save(folder, 3, state(2), META)
+    assert tiny.equal(checkpoint.restore(folder, state(), META)[0], state(2))
+
+
+def test_an_unfinished_checkpoint_does_not_count(folder):
+    shutil.copytree(folder / "step_00000003", folder / ".writing_00000004")
+    (folder / ".writing_00000004" / checkpoint.FINGERPRINT).unlink()
+    assert checkpoint.steps(folder) == [3]
+    checkpoint.save(folder, 5, state(), META)
+    assert not list(folder.glob(".writing*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm")
+def test_works_in_memory_backed_storage(tmp_path_factory):
+    place = Path("/dev/shm") / tmp_path_factory.mktemp("esper").name
+    try:
+        checkpoint.save(place, 1, state(), META)
+        assert tiny.equal(checkpoint.restore(place, state(), META)[0], state())
+    finally:
+        shutil.rmtree(place)
+
+
+def changed(name, shape=None, dtype=None):
+    """A template that differs from the state in one parameter; without a shape it is left out."""
+    template = jax.eval_shape(state)
+    params = template.first["params"]
+    params.pop(name, None)
+    if shape is not None:
+        params[name] = jax.ShapeDtypeStruct(shape, dtype)
+    return template
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (changed("w", (3, 2), jnp.float32), r"first\.params\.w\.shape is \[2, 3\] .* but \[3, 2\] here"),
+        (changed("w", (2, 3), jnp.float16), r"first\.params\.w\.dtype is 'float32' .* but 'float16' here"),
+        (changed("w"), r"first\.params\.w is in the checkpoint but not"),
+        (changed("extra", (), jnp.float32), r"first\.params\.extra is not in the checkpoint"),
+    ],
+)
+def test_another_tree_is_one_error_that_names_the_leaf(folder, template, said):
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.restore(folder, template, META)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({**META, "data": "other"}, "data is 'tiny' in the checkpoint but 'other' here"),
+        ({**META, "config": {"lr": 0.2, "names": ("a", "b")}}, r"config\.lr is 0\.1 .* but 0\.2 here"),
+        ({"data": "tiny"}, "config is in the checkpoint but not"),
+    ],
+)
+def test_another_configuration_is_one_error_that_names_the_field(folder, meta, said):
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.restore(folder, state(), meta)
+
+
+def test_missing_checkpoints_are_named(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="step 9 is not there .steps there: 3"):
+        checkpoint.restore(folder, state(), META, step=9)
+    with pytest.raises(CheckpointError, match="a checkpoint is not there .steps there: none"):
+        checkpoint.restore(tmp_path / "nowhere", state(), META)
+
+
+def test_damage_is_found(folder):
+    place = folder / "step_00000003"
+    data = max((place / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    content = data.read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
+        data.unlink() if damaged is None else data.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{data.name}: is damaged"):
+            checkpoint.restore(folder, state(), META)
+    data.write_bytes(content)
+    assert tiny.equal(checkpoint.restore(folder, state(), META)[0], state())
+
+    stored = json.loads((place / checkpoint.FINGERPRINT).read_text())
+    stored["leaves"]["first.params.w"]["sha256"] = "0" * 64
+    (place / checkpoint.FINGERPRINT).write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=r"first\.params\.w is not what was saved"):
+        checkpoint.restore(folder, state(), META)
+    (place / checkpoint.FINGERPRINT).write_text("{")
+    with pytest.raises(CheckpointError, match="fingerprint.json: cannot be read"):
+        checkpoint.restore(folder, state(), META)
+
+
+def test_keys_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="key is a PRNG key"):
+        checkpoint.save(tmp_path, 1, {"key": jax.random.key(0)}, {})
+
+
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
+    whole = tiny_run.result()
+    log = telemetry.RoundLog(tmp_path / "rounds")
+    log.write(0, whole.rounds[0])
+    checkpoint.save(tmp_path, 1, whole.states[1], META)
+    log.write(1, whole.rounds[0])  # of a round that was not checkpointed: wrong, and to be done again
+
+    run, done = checkpoint.restore(tmp_path, whole.states[0], META)
+    log = telemetry.RoundLog(tmp_path / "rounds", done)
+    with tiny_run.unoptimised():
+        run, metrics = tiny_run.train().update(tiny_run.KEY(), run)
+    log.write(done, telemetry.round_arrays(metrics))
+    assert tiny.equal(run, whole.states[2])
+    resumed = log.stacked()
+    for name, array in resumed.items():
+        expected = np.stack([arrays[name] for arrays in whole.rounds])
+        np.testing.assert_array_equal(array, expected, err_msg=name)

@@ -1,0 +1,135 @@
+"""The files of a run: nothing measured is nowhere 0, and the same run writes the same bytes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from esper_jax import telemetry
+from esper_jax.types import Op, Stage
+
+E, T, S = tiny_run.CONFIG.n_envs, tiny_run.CONFIG.training.epochs, 2
+
+
+def metrics():
+    rounds = tiny_run.result().rounds
+    stacked = {name: np.stack([arrays[name] for arrays in rounds]) for name in rounds[0]}
+    return stacked | tiny_run.result().metrics
+
+
+def arm(name, field):
+    return metrics()[f"arms/{field}"][tiny_run.ARMS.index(name)]
+
+
+def test_shapes_and_dtypes():
+    arrays, arms = metrics(), len(tiny_run.ARMS)
+    assert arrays["rounds/reward"].shape == (tiny_run.CONFIG.rounds, E, T)
+    assert arrays["rounds/stage"].shape == (tiny_run.CONFIG.rounds, E, T, S)
+    assert arrays["learner/entropy"].shape == (tiny_run.CONFIG.rounds,)
+    assert arrays["arms/alpha"].shape == (arms, E, T, S)
+    assert arrays["arms/test_table"].shape == (arms, E, 4)
+    assert list(arrays["arms/names"]) == list(tiny_run.ARMS)
+    assert arrays["arms/stage"].dtype == np.int8 and arrays["arms/params"].dtype == np.int32
+    assert not any(array.dtype == object for array in arrays.values())
+
+
+def test_what_was_not_measured_is_nan_under_its_mask():
+    arrays = metrics()
+    for prefix in ("rounds/", "arms/"):
+        decided = arrays[prefix + "decision_valid"]
+        assert not decided[..., 0].any() and decided[..., 1:].all()
+        for name in ("reward", "value", "reward_terminal"):
+            np.testing.assert_array_equal(np.isnan(arrays[prefix + name]), ~decided)
+        for name in ("contribution", "shapley", "interaction"):
+            valid = arrays[f"{prefix}{name}_valid"]
+            np.testing.assert_array_equal(np.isnan(arrays[prefix + name]), ~valid)
+        np.testing.assert_array_equal(np.isnan(arrays[prefix + "gradient_ratio"]), ~arrays[prefix + "gradient_valid"])
+    assert arrays["arms/contribution_valid"].any() and not arm("never", "contribution_valid").any()
+
+
+def test_reward_is_the_sum_of_its_components():
+    arrays = metrics()
+    names = [name for name in arrays if name.startswith("arms/reward_")]
+    assert len(names) == 13
+    total = sum(arrays[name].astype(np.float64) for name in names)
+    np.testing.assert_allclose(total[..., 1:], arrays["arms/reward"][..., 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_same_arrays_give_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        telemetry.write_arrays(tmp_path / name, metrics())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with np.load(tmp_path / "a") as file:
+        for name, array in metrics().items():
+            np.testing.assert_array_equal(file[name], array)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_round_log_goes_on_where_the_checkpoint_is(tmp_path):
+    log = telemetry.RoundLog(tmp_path / "rounds")
+    assert log.stacked() == {}
+    for number in range(3):
+        log.write(number, {"x": np.float32(number)})
+    (tmp_path / "rounds" / "000003.npz.tmp").write_text("cut off")
+    log = telemetry.RoundLog(tmp_path / "rounds", done=2)
+    np.testing.assert_array_equal(log.stacked()["x"], [0, 1])
+    with pytest.raises(FileNotFoundError, match="000002.npz: missing"):
+        telemetry.RoundLog(tmp_path / "rounds", done=3)
+
+
+def test_outcomes(tmp_path):
+    rows = telemetry.outcomes(metrics())
+    assert [(row["arm"], row["env"]) for row in rows] == [(name, env) for name in tiny_run.ARMS for env in range(E)]
+    for row in rows:
+        assert row["test_accuracy"] == arm(row["arm"], "test_accuracy")[row["env"]]
+        assert row["return"] == pytest.approx(arm(row["arm"], "reward")[row["env"], 1:].sum(), abs=1e-4)
+    still = [row for row in rows if row["arm"] == "never"]
+    assert all(row["params_ratio"] == 1 and row["germinated"] == 0 for row in still)
+    assert all(row["params_ratio"] > 1 and row["germinated"] > 0 for row in rows if row["arm"] == "eager")
+
+    rows[0]["test_loss"] = float("nan")
+    telemetry.write_csv(tmp_path / "outcomes.csv", rows, telemetry.OUTCOMES)
+    with open(tmp_path / "outcomes.csv") as file:
+        read = list(csv.DictReader(file))
+    assert read[0]["test_loss"] == "" and float(read[1]["test_loss"]) == pytest.approx(rows[1]["test_loss"], rel=1e-5)
+    assert float(read[0]["germinated"]) == 0
+
+
+def test_lifecycle_rows_replay_every_stage(tmp_path):
+    rows = list(telemetry.lifecycle(metrics()))
+    telemetry.write_lines(tmp_path / "lifecycle.jsonl", rows)
+    assert [json.loads(line) for line in (tmp_path / "lifecycle.jsonl").read_text().splitlines()] == rows
+    stage = metrics()["arms/stage"]
+    replayed = np.full(stage.shape, Stage.DORMANT)
+    for row in rows:
+        a = tiny_run.ARMS.index(row["arm"])
+        place = (a, row["env"], slice(row["epoch"] - 1, None), row["slot"])
+        assert replayed[place][0] == Stage[row["from"]]
+        replayed[place] = Stage[row["to"]]
+    np.testing.assert_array_equal(replayed, stage)
+
+
+def test_lifecycle_rows_say_why():
+    rows = list(telemetry.lifecycle(metrics()))
+    assert {row["arm"] for row in rows} >= {"eager", "random"} and "never" not in {row["arm"] for row in rows}
+    born = [row for row in rows if row["cause"] == "germinate" and row["success"]]
+    assert len(born) == metrics()["arms/germinated"].sum()
+    assert all((row["to"], row["blueprint"] is None) == ("GERMINATED", False) for row in born)
+    gated = [row for row in rows if row["gate_level"] is not None]
+    assert gated and {row["op"] for row in gated} <= {"advance", "fossilize"}
+    assert all(row["success"] == row["gate_passed"] for row in gated)
+    asked = (metrics()["arms/requested_op"] != Op.WAIT) & metrics()["arms/decision_valid"]
+    assert sum(row["op"] is not None for row in rows) == asked.sum()
+
+
+def test_a_rollback_is_the_governors():
+    arrays = {name: array.copy() for name, array in metrics().items()}
+    a = tiny_run.ARMS.index("eager")
+    moved = np.argwhere(np.diff(arrays["arms/stage"][a].astype(int), axis=1))
+    e, t, s = moved[0] + (0, 1, 0)
+    arrays["arms/panic"][a, e, t] = True
+    arrays["arms/panic_reason"][a, e, t] = 1
+    here = [r for r in telemetry.lifecycle(arrays) if (r["arm"], r["env"], r["epoch"], r["slot"]) == ("eager", e, t + 1, s)]
+    assert [(row["cause"], row["panic"]) for row in here] == [("governor", "non_finite")]
