@@ -4,9 +4,9 @@
     state, step = restore(folder, template, {"config": ...})
 
 A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape,
-dtype and SHA-256 of every leaf, the SHA-256 of every file, and the facts that have to be the same when the state is used again. Any difference is
-one `CheckpointError` that names the first path and both values; nothing is ever restored in part. A checkpoint gets its
-name only once it is complete, so a process may die at any moment.
+dtype and SHA-256 of every leaf, the SHA-256 of every file, and the facts that have to be the same when the state is
+used again. Any difference is one `CheckpointError` that names the first path and both values; nothing is ever restored
+in part. A checkpoint gets its name only once it is complete, so a process may die at any moment.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import tiny
 
-from esper_jax import make_train, telemetry
+from esper_jax import compilation, make_train, telemetry
 from esper_jax.control import baselines
 
 CONFIG = tiny.CONFIG.replace(
@@ -52,15 +52,34 @@ class Result(NamedTuple):
     states: list  # RunState after 0, 1, ... rounds
     rounds: list  # arrays of each round
     metrics: dict  # arrays of the comparison
+    ahead: list  # seconds of each program that was compiled before the first round
+    later: list  # and since then
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yields a list that gets the seconds of each compilation."""
+    seconds, listening = [], [True]
+
+    def listen(event, duration, **_):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    listening.clear()  # JAX has no public way to forget one listener
 
 
 @functools.cache
 def result() -> Result:
     with unoptimised():
         states, rounds = [train().init(KEY())], []
-        for _ in range(CONFIG.rounds):
-            state, metrics = train().update(KEY(), states[-1])
-            states.append(state)
-            rounds.append(telemetry.round_arrays(metrics))
-        arms = {name: train().compare(KEY(), states[-1], name) for name in ARMS}
-    return Result(states, rounds, telemetry.arm_arrays(arms))
+        with compilations() as ahead:
+            compilation.compile_ahead(train(), CONFIG, KEY(), states[0])
+        with compilations() as later:
+            for _ in range(CONFIG.rounds):
+                state, metrics = train().update(KEY(), states[-1])
+                states.append(state)
+                rounds.append(telemetry.round_arrays(metrics))
+            arms = {name: train().compare(KEY(), states[-1], name) for name in ARMS}
+    return Result(states, rounds, telemetry.arm_arrays(arms), ahead, later)

@@ -1,0 +1,235 @@
+"""The main job from its command line to its files."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_run
+
+from esper_jax import checkpoint, compilation, presets, provenance
+from esper_jax.config import Config
+from esper_jax.console import Console
+from experiments import cifar
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "checkpoints", "curves.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv", "report.html",
+    "run.json", "seeds.png", "summary.txt",
+}  # fmt: skip
+
+
+def command(*options, **kwargs):
+    arguments = [sys.executable, "-W", "error", "-m", "experiments.cifar", *map(str, options)]
+    env = {**os.environ, **kwargs.pop("env", {}), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    )
+
+
+def run(*options, **kwargs):
+    process = command(*options, **kwargs)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
+    """The tiny run as a job; its programs are compiled already."""
+    cfg = tiny_run.CONFIG.replace(rounds=rounds)
+    card = {"status": "running", "arms": list(tiny_run.ARMS), **provenance.run_card(cfg, tiny.dataset())}
+    start = tiny_run.result().states[0] if run is None else run
+    meta = {"config": provenance.computed(cfg), "data": "tiny"}
+    options = cifar.Options("smoke", config=cfg)
+    return cifar.Job(
+        options, cfg, out, Console(file=io.StringIO()), tiny_run.train(), tiny_run.KEY(), start, meta, card
+    )
+
+
+def test_compiling_ahead_compiles_everything():
+    result = tiny_run.result()
+    assert max(result.ahead) > 1, "the rollout takes seconds to compile"
+    assert max(result.later, default=0) < max(result.ahead) / 10, "something large was compiled after compile_ahead"
+
+
+def test_a_run_writes_its_files(tmp_path):
+    start = job(tmp_path)
+    state, rounds = cifar.learn(start)
+    cifar.publish(start, rounds | cifar.compare(start, state))
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    card = json.loads((tmp_path / "run.json").read_text())
+    assert (
+        card["status"] == "complete" and card["data"]["name"] == "tiny" and card["versions"]["jax"] == jax.__version__
+    )
+    assert Config.from_json(json.dumps(card["config"])) == start.cfg
+    assert set(card["seconds"]) >= {"round", "arm", "total"}
+    with np.load(tmp_path / "metrics.npz") as arrays:
+        np.testing.assert_array_equal(arrays["rounds/reward"][1], tiny_run.result().rounds[1]["rounds/reward"])
+        np.testing.assert_array_equal(arrays["arms/stage"], tiny_run.result().metrics["arms/stage"])
+    with open(tmp_path / "outcomes.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(tiny_run.ARMS) * start.cfg.report_envs
+    summary, shown = (tmp_path / "summary.txt").read_text(), start.console.rich.file.getvalue()
+    for line in summary.splitlines()[2:]:
+        assert (
+            line in shown
+            and line.strip(" *") in (tmp_path / "report.html").read_text().replace("&#x27;", "'")
+            or "  " in line
+        )
+    assert re.search(r"round 2/2  t=\d+s  left=0s  acc=", shown)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
+    whole, part = job(tmp_path / "whole"), job(tmp_path / "part", rounds=1)
+    for folder in (whole.out, part.out):
+        folder.mkdir()
+    state, rounds = cifar.learn(whole)
+    cifar.publish(whole, rounds | cifar.compare(whole, state))
+    cifar.learn(part)  # dies here, after one round
+    again, done = checkpoint.restore(part.out / "checkpoints", part.run, part.meta)
+    assert done == 1
+    rest = job(part.out, run=again)
+    state, rounds = cifar.learn(rest)
+    cifar.publish(rest, rounds | cifar.compare(rest, state))
+    for name in ("metrics.npz", "outcomes.csv", "lifecycle.jsonl", "curves.png", "seeds.png", "learning.png"):
+        assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
+
+
+def test_defaults_follow_preset_and_data():
+    assert cifar.parse([]).config == presets.get("quick") and cifar.parse([]).preset == "quick"
+    smoke = cifar.parse(
+        ["--preset", "smoke", "--n-envs", "4", "--training.epochs", "5", "--lifecycle.blueprints", "norm"]
+    )
+    expected = {"n_envs": 4, "training.epochs": 5, "lifecycle.blueprints": ("norm",)}
+    assert smoke.config == presets.get("smoke").replace(**expected)
+    digits = cifar.parse(["--data=digits", "--data-dir", "x", "--seed", "3"]).config
+    assert (digits.host, digits.data.name, digits.data.data_dir, digits.seed) == (
+        presets.host("digits"),
+        "digits",
+        "x",
+        3,
+    )
+
+
+def test_every_option_has_its_default_in_the_help():
+    code, out, _ = run("--preset", "smoke", "--help")
+    assert code == 0
+    text = re.sub(r"[│\s]+", " ", out)
+    assert f"--n-envs INT environments of a round (E) (default: {presets.get('smoke').n_envs})" in text
+    names = [f.name for f in dataclasses.fields(cifar.Options) if f.name != "config"]
+    for field in dataclasses.fields(Config):
+        value = getattr(presets.get("smoke"), field.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        names += [f"{field.name}.{f.name}" for f in inner] or [field.name]
+    for name in names:
+        option = "--" + name.replace("_", "-")
+        assert re.search(re.escape(option) + r"[ ,].*?\(default: ?", text), option
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--preste", "smoke"], "--preset"),
+        (["--trainning.epochs", "3"], "--training.epochs"),
+        (["--preset", "smok"], "'smoke', 'quick', 'full'"),
+        (["--data", "cifar"], "'cifar10'"),
+        (["--rounds", "x"], "--rounds"),
+        (["--lifecycle.blueprints", "conv_lite"], "conv_light"),
+    ],
+)
+def test_bad_options_name_the_good_ones(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cifar.parse(argv)
+    assert stop.value.code == 2
+    assert said in re.sub(r"[│\s]+", " ", "".join(capsys.readouterr()))
+
+
+def test_what_does_not_go_together_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint-every = -1"):
+        cifar.parse(["--checkpoint-every", "-1"])
+    with pytest.raises(FileNotFoundError, match="run.json"):
+        cifar.parse(["--resume", str(tmp_path)])
+    cfg = presets.get("smoke")
+    (tmp_path / "run.json").write_text(json.dumps({"preset": "smoke", "config": dataclasses.asdict(cfg)}))
+    assert cifar.parse(["--resume", str(tmp_path), "--rounds", "9"]).config == cfg.replace(rounds=9)
+    with pytest.raises(ValueError, match="only rounds, report_envs, devices may differ"):
+        cifar.parse(["--resume", str(tmp_path), "--seed", "9"])
+    with pytest.raises(ValueError, match="is a run of preset smoke"):
+        cifar.parse(["--resume", str(tmp_path), "--preset", "quick"])
+    with pytest.raises(ValueError, match="give one of them"):
+        cifar.parse(["--resume", str(tmp_path), "--out", "x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--n-envs", "3"], "Config.n_envs = 3: must be a multiple of ppo.minibatches"),
+        (["--data", "digits", "--training.batch-size", "5000"], "batch_size = 5000: must be at most"),
+        (["--data", "digits", "--script", "{script}"], "slot = 7: must be 0 to 1"),
+        (["--out", "{folder}"], "is not empty"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, options, said):
+    script = tmp_path / "script.txt"
+    script.write_text("0: germinate slot=7 blueprint=conv_light\n")
+    options = [option.format(script=script, folder=tmp_path) for option in options]
+    if "--out" not in options:
+        options += ["--out", tmp_path / "out"]
+    code, out, err = run("--preset", "smoke", *options)
+    assert code == 2 and "Traceback" not in out + err
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_share_environments_evenly():
+    assert jax.device_count() == 4
+    cfg = presets.get("smoke").replace(n_envs=8, report_envs=8, env_chunk=1, **{"ppo.minibatches": 2})
+    assert compilation.spread(cfg).devices == 4
+    assert compilation.spread(cfg.replace(report_envs=6)).devices == 2
+    assert compilation.spread(cfg.replace(n_envs=6)).devices == 1
+    assert compilation.spread(cfg.replace(env_chunk=4)).devices == 2
+    assert compilation.spread(cfg.replace(devices=3)).devices == 3
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert compilation.cache_folder() == Path("/somewhere/esper_jax/xla")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert compilation.cache_folder() == Path.home() / ".cache/esper_jax/xla"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_from_the_command_line(tmp_path):
+    tiny_options = (
+        "--preset", "smoke", "--data", "digits", "--training.epochs", "6", "--training.batches-per-epoch", "2",
+        "--lifecycle.blueprints", "norm", "conv_light", "--host.base-channels", "4", "--n-envs", "2", "--report-envs",
+        "2", "--ppo.minibatches", "1", "--ppo.hidden-size", "8", "--devices", "1", "--rounds", "3",
+    )  # fmt: skip
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    code, out, err = run(*tiny_options, "--out", tmp_path / "whole", env=env)
+    assert code == 0, err
+    assert "NOT CIFAR-10" in out and re.search(r"compile   \d+\.\d s", out) and "round 3/3" in out
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == FILES
+
+    process = command(*tiny_options, "--out", tmp_path / "killed", env=env)
+    while not (tmp_path / "killed" / "checkpoints" / "rounds" / "000000.npz").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "metrics.npz").exists()
+    code, out, err = run("--resume", tmp_path / "killed", env=env)
+    assert code == 0, err
+    whole, resumed = ((tmp_path / name / "metrics.npz").read_bytes() for name in ("whole", "killed"))
+    assert whole == resumed
+    code, out, err = run("--resume", tmp_path / "killed", "--training.host-lr", "0.5", env=env)
+    assert code == 2 and "only rounds, report_envs, devices may differ" in err
