@@ -30,8 +30,11 @@ def cache_folder() -> Path:
 
 
 def use_cache(folder: Path) -> None:
-    """Turns JAX's persistent compilation cache on; to be called before anything is compiled."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Turns the persistent compilation cache on, before anything is compiled; off where there is no place for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 

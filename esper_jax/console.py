@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 import numpy as np
-from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -19,7 +18,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from esper_jax.types import Stage
 
@@ -65,54 +63,39 @@ class Console:
         self.say(f"  {name:<9} {seconds:.1f} s  {'  '.join(said) or what}")
 
     @contextlib.contextmanager
-    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Progress through `total` pieces of work, of which `done` were done before."""
-        bar = Bar(self, name, total, done)
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """Progress through `total` pieces of work, of which `done` were done before.
+
+        Yields what is to be called after each piece, with what is to be said about it.
+        """
+        started = time.perf_counter()
+        pieces = 0
+
+        def advance(note: str) -> None:
+            nonlocal pieces
+            pieces += 1
+            elapsed = time.perf_counter() - started
+            left = elapsed / pieces * (total - done - pieces)
+            self.say(f"  {name} {done + pieces}/{total}  t={elapsed:.0f}s  left={left:.0f}s  {note}")
+            if self.live:
+                progress.advance(task)
+
         if self.live:
             columns = (
-                TextColumn(f"  {name:<9}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+                TextColumn(f"  {name:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(),
             )  # fmt: skip
-            with Progress(*columns, console=self.rich, transient=True) as bar.progress:
-                bar.task = bar.progress.add_task(name, total=total, completed=done, note="")
-                yield bar
+            with Progress(*columns, console=self.rich, transient=True) as progress:
+                task = progress.add_task(name, total=total, completed=done)
+                yield advance
         else:
-            yield bar
-        self.durations[name] = time.perf_counter() - bar.started
+            yield advance
+        self.durations[name] = time.perf_counter() - started
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """On a terminal with lines, elsewhere as aligned text."""
-        if not self.rich.is_terminal:
-            self.say(text_table(columns, rows), always=True)
-            return
-        table = Table(box=box.SIMPLE_HEAD)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self.rich.print(table)
-
-
-class Bar:
-    """Counts pieces of work; without a terminal each is one line, with the seconds so far and those left."""
-
-    def __init__(self, console: Console, name: str, total: int, done: int):
-        self.console, self.name, self.total, self.done, self.first = console, name, total, done, done
-        self.started = time.perf_counter()
-        self.progress: Progress | None = None
-        self.task = None
-
-    def advance(self, note: str, *, what: str | None = None) -> None:
-        self.done += 1
-        elapsed = time.perf_counter() - self.started
-        if self.progress is not None:
-            self.progress.update(self.task, advance=1, note=note)
-            if what:  # what is worth a line of its own even on a terminal
-                self.console.say(f"  {what:<9} {note}")
-        else:
-            left = elapsed / (self.done - self.first) * (self.total - self.done)
-            label = what or f"{self.name} {self.done}/{self.total}"
-            self.console.say(f"  {label}  t={elapsed:.0f}s  left={left:.0f}s  {note}")
+        head, *body = text_table(columns, rows).splitlines()
+        self.say(head, style="bold", always=True)
+        self.say("\n".join(body), always=True)
 
 
 def round_note(arrays: dict[str, np.ndarray]) -> str:

@@ -15,12 +15,12 @@ from esper_jax.statistics import METHOD, Interval, mean_interval, signed, verdic
 from esper_jax.train import POLICY
 
 BASELINE = "never"
-COLUMNS = (
-    "arm", "test accuracy %", f"difference to {BASELINE}", "params", "germinated", "kept", "pruned", "rollbacks",
-)  # fmt: skip
+# 80 columns have to be enough for a table.
+COLUMNS = ("arm", "test acc. %", f"minus {BASELINE}", "params", "seeds", "kept", "pruned", "rollbacks")
 NOTES = (
-    f"{METHOD}. * marks a difference whose interval excludes 0; no correction for the number of comparisons.",
-    "params: relative to the bare host, at the end of the episode. Seeds and rollbacks: mean per environment.",
+    f"{METHOD}.",
+    "* the interval of the difference excludes 0; not corrected for the number of comparisons.",
+    "params: relative to the bare host, at the end. seeds (germinated), kept, pruned, rollbacks: mean per environment.",
 )
 
 
@@ -38,7 +38,7 @@ def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
         params = metrics["arms/params"][a].astype(float)
         ratio = f"x{(params[:, -1] / params[:, 0]).mean():.2f}"
         counts = [f"{metrics[f'arms/{name}'][a].mean():.1f}" for name in ("germinated", "fossilised", "pruned")]
-        difference = "-" if gain is None else _interval(gain, signed) + (" *" if gain.excludes_zero else "  ")
+        difference = "-" if gain is None else _interval(gain, signed) + ("*" if gain.excludes_zero else " ")
         rollbacks = f"{metrics['arms/rollbacks'][a].mean():.1f}"
         rows.append([arm, _interval(mean_interval(samples), _plain), difference, ratio, *counts, rollbacks])
     return rows
@@ -49,9 +49,8 @@ def _plain(value: float) -> str:
 
 
 def _interval(interval: Interval, form) -> str:
-    if np.isnan(interval.low):
-        return form(interval.mean)
-    return f"{form(interval.mean)} [{form(interval.low)}, {form(interval.high)}]"
+    half = interval.high - interval.mean
+    return form(interval.mean) + ("" if np.isnan(half) else f" ± {half:.2f}")
 
 
 def sentence(metrics: dict[str, np.ndarray], data: str) -> str:

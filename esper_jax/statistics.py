@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-METHOD = "95 % Student t intervals over environments; differences are paired by environment"
+METHOD = "±: 95 % Student t intervals over environments; differences are paired by environment"
 
 
 class Interval(NamedTuple):

@@ -185,23 +185,23 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
     start = int(run.round)
     log = telemetry.RoundLog(folder / "rounds", start)
-    with job.console.bar("round", rounds, start) as bar:
+    with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             run, metrics = job.train.update(job.key, run)
             arrays = telemetry.round_arrays(metrics)
             log.write(number, arrays)
             if every and ((number + 1) % every == 0 or number + 1 == rounds):
                 checkpoint.save(folder, number + 1, run, job.meta)
-            bar.advance(round_note(arrays))
+            advance(round_note(arrays))
     return run, log.stacked()
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     arms = {}
-    with job.console.bar("arm", len(job.train.controllers)) as bar:
+    with job.console.bar("arm", len(job.train.controllers)) as advance:
         for name in job.train.controllers:
             arms[name] = jax.device_get(job.train.compare(job.key, run, name))
-            bar.advance(f"{name:<10} report-test accuracy {arms[name].test.accuracy.mean():.1f}", what="")
+            advance(f"{name:<10} report-test accuracy {arms[name].test.accuracy.mean():.1f}")
     return telemetry.arm_arrays(arms)
 
 
@@ -223,9 +223,9 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
         telemetry.write_json(out / "run.json", card)
         title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
-        (out / "report.html").write_text(report.page(title, rows, claim, pictures, card))
+        (out / "report.html").write_text(report.page(title, rows, claim, pictures, card), encoding="utf-8")
         text = "\n".join([title, "", text_table(report.COLUMNS, rows), *report.NOTES, "", claim, ""])
-        (out / "summary.txt").write_text(text)
+        (out / "summary.txt").write_text(text, encoding="utf-8")
     console.table(report.COLUMNS, rows)
     for line in (*report.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
         console.say(line, always=True)

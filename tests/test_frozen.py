@@ -7,6 +7,7 @@ per combination; an unknown combination is skipped. After an intended change: `p
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import sys
 
@@ -20,13 +21,13 @@ PINNED = pathlib.Path(__file__).with_name("frozen.json")
 
 
 def combination() -> str:
-    """jax version, platform and widest vector extension of this machine."""
+    """jax version, platform, widest vector extension and cores of this machine (threads split sums)."""
     try:
         flags = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
     vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "other")
-    return f"jax {jax.__version__} {jax.default_backend()} {vector}"
+    return f"jax {jax.__version__} {jax.default_backend()} {vector}, {os.cpu_count()} cores"
 
 
 @functools.cache
@@ -56,7 +57,8 @@ def test_smoke_run_is_frozen():
 
 if __name__ == "__main__" and "--renew" in sys.argv:
     jax.config.update("jax_platforms", "cpu")
-    table = json.loads(PINNED.read_text()) if PINNED.exists() else {}
+    jax.config.update("jax_num_cpu_devices", 4)  # as in conftest.py
+    table = json.loads(PINNED.read_text())
     table[combination()] = digest()
     PINNED.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
     print(combination(), table[combination()])

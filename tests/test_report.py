@@ -95,17 +95,18 @@ def test_verdict_without_enough_environments_claims_nothing():
 def test_table():
     rows = {row[0]: dict(zip(report.COLUMNS, row, strict=True)) for row in report.table(run_arrays())}
     assert list(rows) == list(ARMS)
-    assert rows["never"]["difference to never"] == "-" and rows["never"]["params"] == "x1.00"
-    assert rows["eager"]["difference to never"].endswith(" *") and rows["eager"]["params"] == "x2.50"
-    assert not rows["random"]["difference to never"].endswith("*")
-    assert rows["policy"]["germinated"] == "1.0" and rows["policy"]["kept"] == "0.0"
+    assert rows["never"]["minus never"] == "-" and rows["never"]["params"] == "x1.00"
+    assert rows["eager"]["minus never"].endswith("*") and rows["eager"]["params"] == "x2.50"
+    assert not rows["random"]["minus never"].endswith("*")
+    assert rows["policy"]["seeds"] == "1.0" and rows["policy"]["kept"] == "0.0"
     text = text_table(report.COLUMNS, report.table(run_arrays())).splitlines()
+    assert max(map(len, text)) <= 79
     assert len(text) == 5 and text[0].startswith("arm") and len({line.rindex(" ") for line in text[1:]}) == 1
 
 
 def test_table_of_one_environment_has_no_intervals():
     row = report.table(run_arrays(envs=1))[2]
-    assert "[" not in row[1] + row[2] and "nan" not in " ".join(row)
+    assert "±" not in row[1] + row[2] and "nan" not in " ".join(row)
 
 
 @pytest.mark.parametrize("draw", [plots.curves, plots.seeds, plots.learning])
@@ -137,9 +138,9 @@ def test_piped_output_is_plain_lines():
     console = Console(file=out)
     with console.step("data", "shapes") as said:
         said.append("done [100%]")
-    with console.bar("round", 4, done=2) as bar:
-        bar.advance("acc=1.0")
-        bar.advance("acc=2.0")
+    with console.bar("round", 4, done=2) as advance:
+        advance("acc=1.0")
+        advance("acc=2.0")
     console.table(("arm", "x"), [["never", "1"]])
     lines = out.getvalue().splitlines()
     assert "\x1b" not in out.getvalue()
@@ -152,8 +153,8 @@ def test_quiet_keeps_warnings_and_results():
     out = io.StringIO()
     console = Console(quiet=True, file=out)
     console.say("nothing")
-    with console.bar("round", 1) as bar:
-        bar.advance("acc=1.0")
+    with console.bar("round", 1) as advance:
+        advance("acc=1.0")
     console.say("WARNING", always=True)
     console.table(("arm", "x"), [["never", "1"]])
     assert out.getvalue().splitlines() == ["WARNING", "arm    x", "never  1"]
