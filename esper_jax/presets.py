@@ -34,7 +34,7 @@ PRESETS = {
         ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=6),
         n_envs=16,
         rounds=6,
-        report_envs=32,
+        report_envs=16,
     ),
     "full": Config(
         training=TrainingConfig(compute_dtype="bfloat16", tile_pixels=0),
