@@ -200,7 +200,7 @@ class SlotState:
 
 @struct.dataclass
 class Signals:
-    """What the tracker says about the host's training; every value is finite."""
+    """What the tracker says about the host's training; finite, except `loss_delta` in the first epoch."""
 
     epoch: Array  # i32[] epochs trained in this episode
     train_loss: Array  # f32[]
