@@ -11,6 +11,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -328,12 +329,18 @@ class Config:
         return _from_dict(cls, tree, "Config")
 
 
+def nearest_hint(name: str, names: Iterable[str]) -> str:
+    """What an error about an unknown name says next; empty if nothing is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _known(cls: type, name: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{cls.__name__} has no field {name!r}{hint} (fields: {', '.join(names)})")
+        raise ValueError(
+            f"{cls.__name__} has no field {name!r}{nearest_hint(name, names)} (fields: {', '.join(names)})"
+        )
 
 
 def _from_dict(cls: type, tree: object, path: str) -> typing.Any:

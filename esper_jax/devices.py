@@ -21,12 +21,12 @@ def make_mesh(devices: int) -> Mesh:
     return jax.make_mesh((devices or available,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check_divides(mesh: Mesh, name: str, environments: int, chunk: int) -> None:
-    """Raises ValueError unless every device gets the same number of environments, a multiple of `chunk`."""
-    if environments % (mesh.size * chunk):
+def check_divides(mesh: Mesh, name: str, environments: int, part: str, size: int) -> None:
+    """Raises ValueError unless every device gets the same number of environments, a multiple of the `part`'s size."""
+    if environments % (mesh.size * size):
         raise ValueError(
-            f"Config.{name} = {environments}: must be a multiple of {mesh.size * chunk} ({mesh.size} devices times "
-            f"env_chunk = {chunk})"
+            f"Config.{name} = {environments}: must be a multiple of {mesh.size * size} ({mesh.size} devices times "
+            f"{part} = {size})"
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
+from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig, nearest_hint
 
 HOSTS = {
     # channels after the blocks: 8, 16, 32; 6,418 parameters
@@ -59,7 +57,5 @@ def host(name: str) -> HostConfig:
 
 def _lookup(table: dict, kind: str, name: str):
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
+        raise ValueError(f"unknown {kind} {name!r}{nearest_hint(name, table)} (known: {', '.join(table)})")
     return table[name]

@@ -32,6 +32,7 @@ from esper_jax.env import observation
 from esper_jax.env.environment import StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.network.blueprints import CNN
+from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Controller, Masks
 
 POLICY = "policy"
@@ -135,6 +136,11 @@ def choose(controllers: list[Controller], number: Array) -> Controller:
     return Controller(init, act)
 
 
+def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
+    """`fun` mapped over the leading axis, `chunk` at a time; a fixed chunk makes results independent of E."""
+    return lax.map(fun, xs) if chunk == 1 else lax.map(fun, xs, batch_size=chunk)
+
+
 def make_train(
     cfg: Config,
     dataset: data.Dataset | None = None,
@@ -146,12 +152,12 @@ def make_train(
       dataset: by default the one that `cfg.data` names.
       controllers: rules to compare the learned policy with, by name; by default `default_controllers(cfg)`.
 
-    Raises ValueError if environments cannot be spread evenly over the devices and chunks.
+    Raises ValueError if environments cannot be spread evenly over the devices, chunks and minibatches.
     """
     mesh = devices.make_mesh(cfg.devices)
-    devices.check_divides(mesh, "n_envs", cfg.n_envs, max(cfg.env_chunk, cfg.ppo.minibatches))
-    devices.check_divides(mesh, "n_envs", cfg.n_envs, cfg.env_chunk)
-    devices.check_divides(mesh, "report_envs", cfg.report_envs, cfg.env_chunk)
+    devices.check_divides(mesh, "n_envs", cfg.n_envs, "env_chunk", cfg.env_chunk)
+    devices.check_divides(mesh, "n_envs", cfg.n_envs, "ppo.minibatches", cfg.ppo.minibatches)
+    devices.check_divides(mesh, "report_envs", cfg.report_envs, "env_chunk", cfg.env_chunk)
     dataset = devices.replicate(data.load(cfg.data) if dataset is None else dataset, mesh)
     rules = dict(default_controllers(cfg) if controllers is None else controllers)
     if POLICY in rules:
@@ -159,10 +165,6 @@ def make_train(
     names = (*rules, POLICY)
     n_slots = len(cfg.host.slot_names)
     n_features = observation.size(n_slots)
-
-    def over_environments(fun, xs):
-        """`fun` mapped over the leading axis, `env_chunk` at a time; a fixed chunk makes results independent of E."""
-        return lax.map(fun, xs) if cfg.env_chunk == 1 else lax.map(fun, xs, batch_size=cfg.env_chunk)
 
     def rollout(dataset, run: RunState, key, number, env_ids, axis_name):
         env = make_env(cfg, dataset)
@@ -177,11 +179,11 @@ def make_train(
 
             def epoch(carry, t):
                 state, obs, memory, reset = carry
-                memory = _select(reset, fresh, memory)
+                memory = select(reset, fresh, memory)
                 thought, action, extras = controller.act(jax.random.fold_in(act_key, t), memory, obs)
                 # a newborn environment trains its first epoch before there is anything to decide
                 birth = t == 0
-                memory, action = _select(birth, (memory, Action()), (thought, action))
+                memory, action = select(birth, (memory, Action()), (thought, action))
                 new_state, new_obs, reward, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
                 row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, reward, done, reset, info)
                 return (new_state, new_obs, memory, done), row
@@ -190,7 +192,7 @@ def make_train(
             (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
             return rows, state
 
-        return over_environments(episode, env_ids)
+        return over_environments(episode, env_ids, cfg.env_chunk)
 
     def learn(key, run: RunState, rows: Rollout, axis_name):
         scale = jnp.sqrt(run.rewards.var[0] + normalizers.EPS)
@@ -221,16 +223,18 @@ def make_train(
         ), metrics
 
     def report(dataset, states, axis_name):
-        return over_environments(make_env(cfg, dataset).report, states)
+        return over_environments(make_env(cfg, dataset).report, states, cfg.env_chunk)
 
     rollout = devices.over_devices(rollout, mesh, (SAME, SAME, SAME, SAME, EACH), EACH)
     learn = devices.over_devices(learn, mesh, (SAME, SAME, EACH), SAME)
     report = devices.over_devices(report, mesh, (SAME, EACH), EACH)
 
     def init(key: Array) -> RunState:
-        learner = ppo.init_learner(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
+        # one program instead of a hundred small ones
+        start = jax.jit(ppo.init_learner, static_argnums=(1, 2, 3))
+        learner = start(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
         run = RunState(jnp.int32(0), learner, normalizers.init(n_features), normalizers.init(1))
-        return devices.replicate(jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), run), mesh)
+        return devices.replicate(strong(run), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
         round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), run.round)
@@ -251,7 +255,3 @@ def make_train(
         return Comparison(rows, test, states.germinated, states.fossilised, states.pruned, states.rollbacks)
 
     return Train(init, update, compare, names, dataset, rollout, learn, report)
-
-
-def _select(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
@@ -27,8 +26,9 @@ from esper_jax import data, devices, make_env
 from esper_jax.config import Config, TrainingConfig
 from esper_jax.devices import EACH, SAME
 from esper_jax.env import training
-from esper_jax.network import cnn, seed_bank
-from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, Stage
+from esper_jax.network import morphogenetic, seed_bank
+from esper_jax.train import over_environments
+from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, SlotState, Stage
 
 CLASSES = 10
 LEAST_RUNS = 3  # of a comparison that takes long
@@ -205,11 +205,6 @@ def random_dataset(size: int, train: int, validation: int, channels: int = 3) ->
     )  # fmt: skip
 
 
-def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
-    """As `train.py` maps environments."""
-    return lax.map(fun, xs) if chunk == 1 else lax.map(fun, xs, batch_size=chunk)
-
-
 def fetch_plain(dataset: data.Dataset, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A training batch as the product makes it, not augmented."""
     return data.train_batch(jax.random.key(0), dataset.replace(augment=False), indices)
@@ -285,41 +280,29 @@ def mixture(bench: Bench, envs: int):
 # --- programs --------------------------------------------------------------------------------------------------------
 
 
-def bare_batch(host: cnn.HostVars, momentum: Any, x: jax.Array, labels: jax.Array, cfg: TrainingConfig):
-    """`training.train_batch` of a host that has no slots at all: same loss, clipping and optimiser."""
+def train_program(bench: Bench, args: tuple, chunk: int, cfg: TrainingConfig) -> Program:
+    """An epoch of training; `args` are a dataset, then models, momenta, slot records and indices of E environments."""
 
-    def objective(params):
-        features = x.astype(cfg.compute_dtype)
-        logits, new = cnn.apply(host.replace(params=params), features, train=True, tile_pixels=cfg.tile_pixels)
-        loss, correct = training.loss_and_accuracy(logits, labels)
-        return loss, (new.stats, correct)
+    def body(dataset, models, optimisers, records, indices, axis_name):
+        fetch = functools.partial(fetch_plain, dataset)
+        one = lambda env: training.train_epoch(*env, fetch, cfg)
+        return over_environments(one, (models, optimisers, records, indices), chunk)
 
-    (loss, (stats, correct)), grads = jax.value_and_grad(objective, has_aux=True)(host.params)
-    factor = training.clip_factor(optax.tree.norm(grads), cfg.clip_norm)
-    grads = jax.tree.map(lambda g: g * factor, grads)
-    updates, momentum = training.host_optimiser(cfg).update(grads, momentum, host.params)
-    return host.replace(params=optax.apply_updates(host.params, updates), stats=stats), momentum, (loss, correct)
+    return build(body, bench.n_devices(args[-1].shape[0]), (SAME, *[EACH] * 4), *args)
+
+
+def bare(state) -> tuple[morphogenetic.Model, training.OptimiserState, SlotState]:
+    """Model, momentum and slot records of environments without their slots, for `training.train_batch` and `_epoch`."""
+    no_slots = jax.tree.map(lambda leaf: leaf[..., :0], state.slots)
+    return state.model.replace(seeds=()), state.optimiser.replace(seeds=()), no_slots
 
 
 @functools.cache
 def bare_train(bench: Bench, envs: int, batches: int, chunk: int, cfg: TrainingConfig | None = None):
     """Training of hosts without slots; returns the program and its arguments."""
     cfg = cfg or bench.cfg.training
-
-    def body(dataset, hosts, momenta, indices, axis_name):
-        def one(env):
-            def step(carry, batch):
-                host, momentum, measured = bare_batch(*carry, *fetch_plain(dataset, batch), cfg)
-                return (host, momentum), measured
-
-            host, momentum, indices = env
-            return lax.scan(step, (host, momentum), indices)
-
-        return over_environments(one, (hosts, momenta, indices), chunk)
-
-    state = empty(bench, envs)
-    args = (bench.dataset, state.model.host, state.optimiser.host, bench.indices(envs, batches, cfg.batch_size))
-    return build(body, bench.n_devices(envs), (SAME, EACH, EACH, EACH), *args), args
+    args = (bench.dataset, *bare(empty(bench, envs)), bench.indices(envs, batches, cfg.batch_size))
+    return train_program(bench, args, chunk, cfg), args
 
 
 @functools.cache

@@ -119,12 +119,12 @@ def prepare(options: Options, argv: list[str]) -> Job:
     out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
     if not options.resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
-    header(console, options, cfg, out)
     rules = default_controllers(cfg)
     script = json.loads((out / "run.json").read_text()).get("script") if options.resume else None
     script = options.script.read_text() if options.script else script
     if script is not None:
         rules["script"] = baselines.script(baselines.parse_script(script))
+    header(console, options, cfg, out, controllers=len(rules) + 1)
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
     with console.step("data", cfg.data.name) as said:
@@ -163,11 +163,10 @@ def prepare(options: Options, argv: list[str]) -> Job:
     return Job(options, cfg, out, console, train, key, run, meta, card)
 
 
-def header(console: Console, options: Options, cfg: Config, out: Path) -> None:
+def header(console: Console, options: Options, cfg: Config, out: Path, controllers: int) -> None:
     channels = 1 if cfg.data.name == "digits" else 3
     host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
     device, epochs = provenance.device(cfg), cfg.training.epochs
-    controllers = len(default_controllers(cfg)) + 1 + bool(options.script)
     total = epochs * (cfg.rounds * cfg.n_envs + controllers * cfg.report_envs)
     console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
     console.facts({

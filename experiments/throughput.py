@@ -11,8 +11,8 @@
 
 What is compared runs alternately (A B A B ...) and a ratio is taken within each pair, so that a machine that slows
 down slows both. `spread` is the distance between the quartiles, `n` the number of runs. Images and labels are random
-numbers: nothing here depends on what they show. Everything runs through the functions of the product; only the host
-without slots, which the product does not have, is put together from its parts (`bench.bare_batch`).
+numbers: nothing here depends on what they show. Everything runs through the functions of the product; the bare host
+is a model without slots.
 
 Axis letters: E environments, S slots, K on/off configurations, B images of a batch, T epochs of an episode.
 """
@@ -44,30 +44,29 @@ from rich.table import Table
 from esper_jax import checkpoint, data, devices, make_train, presets, telemetry
 from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
 from esper_jax.devices import EACH, SAME
-from esper_jax.env import evaluation, observation, reward, training
+from esper_jax.env import attribution, evaluation, observation, reward, training
 from esper_jax.lifecycle import masks
 from esper_jax.network import cnn, morphogenetic
-from esper_jax.train import Metrics
+from esper_jax.train import Metrics, over_environments
 from experiments import roofline
 from experiments.bench import (
     CLASSES,
     Bench,
     Row,
     Size,
-    bare_batch,
+    bare,
     bare_train,
     build,
     describe_device,
     empty,
     env_epoch,
-    fetch_plain,
     high_water,
     make_bench,
     mixture,
-    over_environments,
     peaks,
     random_dataset,
     row,
+    train_program,
     uniform,
 )
 
@@ -154,13 +153,8 @@ def growth_table(bench: Bench) -> Iterator[Row]:
     cfg, envs = bench.cfg, bench.size.growth_envs
     n_slots = len(cfg.host.slot_names)
     chunk = bench.chunk(envs)
-    bare, bare_args = bare_train(bench, envs, bench.size.growth_batches, chunk)
-    indices = bare_args[-1]
-
-    def body(dataset, models, optimisers, records, indices, axis_name):
-        fetch = functools.partial(fetch_plain, dataset)
-        one = lambda env: training.train_epoch(*env, fetch, cfg.training)
-        return over_environments(one, (models, optimisers, records, indices), chunk)
+    alone, alone_args = bare_train(bench, envs, bench.size.growth_batches, chunk)
+    indices = alone_args[-1]
 
     args = lambda states: (bench.dataset, states.model, states.optimiser, states.slots, indices)
     states = {"slots_empty": empty(bench, envs)}
@@ -168,8 +162,8 @@ def growth_table(bench: Bench) -> Iterator[Row]:
         if name in cfg.lifecycle.blueprints:
             states[f"{name}_{live}"] = uniform(bench, envs, name, live)
     states["mixture"] = mixture(bench, envs)
-    program = build(body, bench.n_devices(envs), (SAME, *[EACH] * 4), *args(states["slots_empty"]))
-    runs = {"bare": bare.bind(*bare_args)} | {name: program.bind(*args(state)) for name, state in states.items()}
+    program = train_program(bench, args(states["slots_empty"]), chunk, cfg.training)
+    runs = {"bare": alone.bind(*alone_args)} | {name: program.bind(*args(state)) for name, state in states.items()}
     times = bench.measure(runs)
 
     images = indices.size
@@ -209,8 +203,9 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
     dtype, tile_pixels = bench.cfg.training.compute_dtype, bench.cfg.training.tile_pixels
     envs = bench.size.evaluation_envs
     chunk = bench.chunk(envs)
-    patterns = (np.arange(2**n_slots)[:, None] >> np.arange(n_slots)) % 2 == 1
-    override = np.where(patterns, np.float32(np.nan), np.float32(0))  # f32[K, S], NaN keeps a slot on
+    override = np.where(
+        attribution.configurations(n_slots), np.float32(np.nan), np.float32(0)
+    )  # f32[K, S], NaN keeps a slot on
 
     def fused(dataset, models, records, axis_name):
         split = dataset.validation
@@ -366,8 +361,8 @@ def roofline_table(bench: Bench) -> Iterator[Row]:
     images = max(1, min(t.batch_size, t.tile_pixels // size**2)) if t.tile_pixels else t.batch_size
     state = jax.tree.map(lambda leaf: leaf[0], empty(bench, 1))
     x, labels = jnp.zeros((images, size, size, 3)), jnp.zeros(images, jnp.int32)
-    one_tile = jax.jit(functools.partial(bare_batch, cfg=dataclasses.replace(t, tile_pixels=0)))
-    train_cost = one_tile.lower(state.model.host, state.optimiser.host, x, labels).compile().cost_analysis()
+    one_tile = jax.jit(functools.partial(training.train_batch, cfg=dataclasses.replace(t, tile_pixels=0)))
+    train_cost = one_tile.lower(*bare(state), x, labels).compile().cost_analysis()
     forward = jax.jit(lambda host, x: cnn.apply(host, x.astype(t.compute_dtype), train=False)[0])
     forward_cost = forward.lower(state.model.host, x).compile().cost_analysis()
     for name, train, cost in (("train", True, train_cost), ("forward", False, forward_cost)):
@@ -409,7 +404,7 @@ def incumbent_table(bench: Bench) -> Iterator[Row]:
         "train_batches": size.growth_batches, "epoch_batches": t.batches_per_epoch, "seeds": True,
     }  # fmt: skip
     envs = size.growth_envs
-    bare, bare_args = bare_train(bench, envs, size.growth_batches, bench.chunk(envs))
+    alone, alone_args = bare_train(bench, envs, size.growth_batches, bench.chunk(envs))
     epoch_envs = max(e for e in size.populations if e <= size.largest_epoch)
     epoch = env_epoch(bench, epoch_envs)
     states = uniform(bench, epoch_envs, "conv_light", len(cfg.host.slot_names))
@@ -417,7 +412,7 @@ def incumbent_table(bench: Bench) -> Iterator[Row]:
         start = lambda settings, count=1: stack.enter_context(_processes(settings, count))
         together = start(common | {"threads": os.cpu_count()})
         apart = start(common | {"threads": 1}, 2)
-        runs = {"bare": bare.bind(*bare_args), "epoch": epoch.bind(*bench.epoch_args(states))}
+        runs = {"bare": alone.bind(*alone_args), "epoch": epoch.bind(*bench.epoch_args(states))}
         for name, work in (("together", together), ("apart", apart)):
             runs[f"bare_{name}"] = functools.partial(work, "train")
             runs[f"epoch_{name}"] = functools.partial(work, "epoch")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from esper_jax.config import GovernorConfig, LifecycleConfig
 from esper_jax.env import attribution, governor
 from esper_jax.lifecycle import alpha, masks, operations, stages
+from esper_jax.trees import select
 from esper_jax.types import HEAD_SIZES, Action, AlphaCurve, AlphaMode, Op, PanicReason, Stage
 
 settings.register_profile("few", max_examples=25, derandomize=True, deadline=None)
@@ -176,7 +177,7 @@ def judged():
     def one(state, loss):
         after, verdict = governor.check(state, loss, cfg=GOVERNOR, random_guess_loss=np.log(10))
         restored = governor.after_rollback(after)
-        return governor.select(verdict.panic, restored, after), (after, verdict)
+        return select(verdict.panic, restored, after), (after, verdict)
 
     return jax.jit(lambda losses: jax.lax.scan(one, governor.init(GOVERNOR), losses)[1])
 

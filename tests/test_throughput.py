@@ -112,17 +112,18 @@ def test_bare_host_trains_like_one_whose_slots_are_empty(tiny):
     cfg = tiny.cfg.training
     state = jax.tree.map(lambda leaf: leaf[0], bench.empty(tiny, 1))
     x, labels = bench.fetch_plain(tiny.dataset, jnp.arange(cfg.batch_size))
-    bare = jax.jit(lambda host, momentum: bench.bare_batch(host, momentum, x, labels, cfg))
-    slotted = jax.jit(lambda model, opt: training.train_batch(model, opt, state.slots, x, labels, cfg))
-    host, momentum, model, optimiser = state.model.host, state.optimiser.host, state.model, state.optimiser
+    step = jax.jit(lambda model, opt, slots: training.train_batch(model, opt, slots, x, labels, cfg))
+    alone, momentum, no_slots = bench.bare(state)
+    assert not alone.seeds and no_slots.stage.size == 0
+    model, optimiser = state.model, state.optimiser
     for _ in range(2):
-        host, momentum, (loss, correct) = bare(host, momentum)
-        model, optimiser, _, metrics = slotted(model, optimiser)
-        np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)
-        assert correct == metrics["correct"]
+        alone, momentum, _, measured = step(alone, momentum, no_slots)
+        model, optimiser, _, metrics = step(model, optimiser, state.slots)
+        np.testing.assert_allclose(measured["loss"], metrics["loss"], rtol=1e-6)
+        assert measured["correct"] == metrics["correct"]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    jax.tree.map(close, host, model.host)
-    jax.tree.map(close, momentum, optimiser.host)
+    jax.tree.map(close, alone.host, model.host)
+    jax.tree.map(close, momentum.host, optimiser.host)
 
 
 def test_incumbent_without_torch_is_a_row_that_says_so(tiny, monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from esper_jax.devices import mean_over_devices
+from esper_jax.trees import select
 from esper_jax.types import Array
 
 EPS = 1e-4  # added to the variance
@@ -108,7 +109,7 @@ def value_update(state: RunningStatistics, returns: Array, *, axis_name: str | N
     """Take in returns f32[N]: each weighs alike until 32 were seen, an exponential mean over batches from then on."""
     first = update(state, returns, axis_name=axis_name)
     later = update(state, returns, momentum=VALUE_MOMENTUM, axis_name=axis_name)
-    return jax.tree.map(lambda a, b: jnp.where(state.count < VALUE_WARMUP, a, b), first, later)
+    return select(state.count < VALUE_WARMUP, first, later)
 
 
 def _value_scale(state: RunningStatistics) -> Array:

@@ -16,6 +16,7 @@ from flax import struct
 from esper_jax.config import PPOConfig
 from esper_jax.control import policy
 from esper_jax.devices import mean_over_devices
+from esper_jax.trees import select
 from esper_jax.types import HEADS, Action, Array, Masks, Op
 
 LOG_RATIO_LIMIT = 20.0  # exp of it is still far from the largest float32
@@ -220,10 +221,6 @@ def loss(
     return total, metrics
 
 
-def _select(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
 def update(
     key: Array,
     learner: LearnerState,
@@ -272,8 +269,8 @@ def update(
             stopped |= metrics["approx_kl"] > KL_STOP_FACTOR * cfg.target_kl
         taken = finite & ~stopped
         changes, new_opt_state = transform.update(grads, opt_state, params)
-        params = _select(taken, optax.apply_updates(params, changes), params)
-        opt_state = _select(taken, new_opt_state, opt_state)
+        params = select(taken, optax.apply_updates(params, changes), params)
+        opt_state = select(taken, new_opt_state, opt_state)
         flags = {"counts": reached & finite, "taken": taken, "nonfinite": reached & ~finite}
         return (params, opt_state, stopped), metrics | flags
 

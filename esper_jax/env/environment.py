@@ -30,6 +30,7 @@ from esper_jax.env.tracker import TrackerState
 from esper_jax.lifecycle import masks, operations, stages
 from esper_jax.network import cnn, morphogenetic, seed_bank, slots
 from esper_jax.network.morphogenetic import Model
+from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Observation, Op, Signals, SlotState, Stage
 
 
@@ -184,8 +185,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             contributing_fossils=none,
             pruned=none,
         )
-        # strong types, as `step` returns them, or the first step after `init` would be compiled twice
-        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), newborn)
+        return strong(newborn)
 
     def observe(state: EnvState) -> Observation:
         inputs = observation.Inputs(state.signals, state.slots, state.last_op, state.last_success, jnp.float32(horizon))
@@ -211,8 +211,14 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         model = state.model.replace(seeds=tuple(seeds))
         optimiser = training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
         # a seed's weights were validated just before it was fossilised: keep them as they are now
-        fossilised = outcome.success & (outcome.op == Op.FOSSILIZE)
-        kept = lax.cond(fossilised, governor.admit_fossils, lambda kept, model, slots: kept, state.kept, model, after)
+        kept = lax.cond(
+            outcome.op == Op.FOSSILIZE,
+            governor.admit_fossils,
+            lambda kept, model, slots: kept,
+            state.kept,
+            model,
+            after,
+        )
         after = stages.tick(after, cfg.lifecycle)
         return state.replace(model=model, optimiser=optimiser, slots=after, kept=kept), outcome
 
@@ -244,7 +250,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         )
         nobody = jnp.zeros(n_slots, bool)
         state = state.replace(
-            governor=governor.select(verdict.panic, governor.after_rollback(watch), watch),
+            governor=select(verdict.panic, governor.after_rollback(watch), watch),
             kept=kept,
             model=model,
             slots=restored,
@@ -253,10 +259,10 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         )
         return state, verdict
 
-    def record(state: EnvState, measured: Evaluation, worth, live, metrics, verdict):
+    def record(state: EnvState, measured: Evaluation, worth, metrics, verdict):
         """Seed metrics, tracker and attribution. A loss that was not accepted leaves them as they were."""
         accepted = verdict.accepted
-        evaluation = governor.select(accepted, measured, state.evaluation)
+        evaluation = select(accepted, measured, state.evaluation)
         seen = stages.record_contribution(state.slots, worth.contribution, worth.contribution_valid & accepted)
         m = seen.metrics
         seen = seen.replace(
@@ -279,7 +285,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         )
         known = accepted & worth.total_improvement_valid
         return state.replace(
-            slots=governor.select(verdict.panic, state.slots, seen),
+            slots=select(verdict.panic, state.slots, seen),
             tracker=watch,
             signals=signals,
             evaluation=evaluation,
@@ -293,8 +299,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         has_seed = stages.is_active(old.stage)
         accuracy = after.evaluation.accuracy
         measured_now = worth.contribution_valid & verdict.accepted
-        realised = jnp.where(outcome.success, outcome.op, Op.WAIT)
-        contributing = reward.is_contributing(realised, after.improvement, after.improvement_valid)
+        contributing = reward.is_contributing(outcome.op, after.improvement, after.improvement_valid)
         inputs = reward.RewardInputs(
             requested_op=action.op,
             succeeded=outcome.success,
@@ -328,7 +333,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         )
         components = reward.reward(inputs, weights, cfg.reward.mode, cfg.reward.attribution)
         died = reward.death(cfg.governor.death_penalty, cfg.reward.clip)
-        return governor.select(verdict.panic, died, components), contributing
+        return select(verdict.panic, died, components), contributing
 
     def step(key: Array, state: EnvState, action: Action):
         action = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), action)
@@ -340,9 +345,9 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         live = morphogenetic.live_slots(state.model, state.slots)
         measured = measure(state.model, state.slots, dataset.validation)
         worth = attribution.attribute(measured.table, configurations, live)
-        fossilised = outcome.success & (outcome.op == Op.FOSSILIZE)
+        fossilised = outcome.op == Op.FOSSILIZE
         state, verdict = judge(state, measured, fossilised)
-        state = record(state, measured, worth, live, metrics, verdict)
+        state = record(state, measured, worth, metrics, verdict)
         components, contributing = pay(before, state, outcome, action, worth, verdict)
         pruned = (acted.stage == Stage.PRUNED) & (before.slots.stage != Stage.PRUNED)
         pruned |= (acted.stage == Stage.EMBARGOED) & stages.is_active(before.slots.stage)

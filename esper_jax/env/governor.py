@@ -16,6 +16,7 @@ from flax import struct
 
 from esper_jax.config import GovernorConfig
 from esper_jax.lifecycle import stages
+from esper_jax.trees import select
 from esper_jax.types import Array, PanicReason, SlotState, Stage
 
 # A host that has forgotten everything: it was clearly better than guessing and its loss is now that of guessing.
@@ -124,7 +125,12 @@ def fired(
     detectors: Mapping[str, Detector] = DETECTORS,
 ) -> dict[str, Array]:
     """What every detector says about one loss on its own, bool[] by name: to compare detectors on the same trace."""
-    stats = statistics(state, cfg)
+    return _fired(statistics(state, cfg), loss, cfg, random_guess_loss, detectors)
+
+
+def _fired(
+    stats: Statistics, loss: Array, cfg: GovernorConfig, random_guess_loss: Array, detectors
+) -> dict[str, Array]:
     return {name: detector(stats, loss, cfg, random_guess_loss) for name, detector in detectors.items()}
 
 
@@ -143,7 +149,8 @@ def check(
     behind the three names.
     """
     loss = jnp.asarray(loss, jnp.float32)
-    alarms = fired(state, loss, cfg=cfg, random_guess_loss=random_guess_loss, detectors=detectors)
+    stats = statistics(state, cfg)
+    alarms = _fired(stats, loss, cfg, random_guess_loss, detectors)
     reason = jnp.where(
         alarms["non_finite"],
         PanicReason.NON_FINITE,
@@ -155,7 +162,6 @@ def check(
     ).astype(jnp.int32)
     alarm = reason != PanicReason.NONE
     divergent = reason == PanicReason.DIVERGENCE
-    stats = statistics(state, cfg)
 
     # Before the history is long enough nothing is known to have recovered, so a run is not ended there.
     recovered = ~alarm & stats.ready
@@ -217,7 +223,7 @@ def admit_fossils(kept: Snapshot, model: Any, slots: SlotState) -> Snapshot:
     return Snapshot(
         model=kept.model.replace(seeds=seeds),
         fossil=kept.fossil | new,
-        slots=stages.select(new, slots, kept.slots),
+        slots=select(new, slots, kept.slots),
     )
 
 
@@ -237,15 +243,10 @@ def rollback(
     is the caller's to clear.
     """
     live = stages.is_active(slots.stage) & (slots.stage != Stage.FOSSILIZED) & ~kept.fossil
-    restored_slots = stages.select(kept.fossil, kept.slots, prune(slots, live))
+    restored_slots = select(kept.fossil, kept.slots, prune(slots, live))
     emptied = _select_seeds(live, jax.tree.map(jnp.zeros_like, model.seeds), model.seeds)
     restored = model.replace(host=kept.model.host, seeds=_select_seeds(kept.fossil, kept.model.seeds, emptied))
     return select(panic, (restored, restored_slots), (model, slots))
-
-
-def select(flag: Array | bool, new: Any, old: Any) -> Any:
-    """`new` if `flag` (bool[]) else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
 
 def _select_seeds(where: Array, new: tuple, old: tuple) -> tuple:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
 from esper_jax.config import TrackerConfig
 from esper_jax.lifecycle import stages
+from esper_jax.trees import select
 from esper_jax.types import Array, Signals, SlotState
 
 HISTORY = 5  # entries of the histories in Signals
@@ -86,23 +86,11 @@ def update(
         stable_epochs=stable_epochs,
         stabilized=stabilized,
     )
-    signals = Signals(
-        epoch=jnp.asarray(epoch, jnp.int32),
-        train_loss=_finite_or(train_loss, state.latest.train_loss),
-        train_accuracy=_finite_or(train_accuracy, state.latest.train_accuracy),
-        val_loss=loss,
-        val_accuracy=accuracy,
-        loss_delta=loss_delta,
-        accuracy_delta=accuracy_delta,
-        plateau_epochs=plateau,
-        host_stabilized=stabilized,
-        best_val_accuracy=jnp.maximum(state.latest.best_val_accuracy, accuracy),
-        best_val_loss=_window_minimum(after),
-        available_slots=jnp.asarray(available_slots, jnp.int32),
-        **_histories(after),
+    signals = _signals(
+        state, after, _window_minimum(after), loss, accuracy, epoch, train_loss, train_accuracy, available_slots
     )
     after = after.replace(latest=signals)
-    after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state)
+    after = select(accepted, after, state)
     return after, after.latest.replace(epoch=signals.epoch, available_slots=signals.available_slots)
 
 
@@ -122,21 +110,37 @@ def peek(
     one.
     """
     loss, accuracy = _or_latest(state, val_loss, val_accuracy)
-    loss_delta, accuracy_delta = _deltas(state, loss, accuracy)
+    best_loss = jnp.where(state.count > 0, jnp.minimum(_window_minimum(state), loss), loss)
+    return _signals(state, state, best_loss, loss, accuracy, epoch, train_loss, train_accuracy, available_slots)
+
+
+def _signals(
+    before: TrackerState,
+    after: TrackerState,
+    best_loss: Array,
+    loss: Array,
+    accuracy: Array,
+    epoch: Array,
+    train_loss: Array,
+    train_accuracy: Array,
+    available_slots: Array,
+) -> Signals:
+    """Signals of an epoch: changes since the last accepted one of `before`, counters and histories of `after`."""
+    loss_delta, accuracy_delta = _deltas(before, loss, accuracy)
     return Signals(
         epoch=jnp.asarray(epoch, jnp.int32),
-        train_loss=_finite_or(train_loss, state.latest.train_loss),
-        train_accuracy=_finite_or(train_accuracy, state.latest.train_accuracy),
+        train_loss=_finite_or(train_loss, before.latest.train_loss),
+        train_accuracy=_finite_or(train_accuracy, before.latest.train_accuracy),
         val_loss=loss,
         val_accuracy=accuracy,
         loss_delta=loss_delta,
         accuracy_delta=accuracy_delta,
-        plateau_epochs=state.plateau_epochs,
-        host_stabilized=state.stabilized,
-        best_val_accuracy=jnp.maximum(state.latest.best_val_accuracy, accuracy),
-        best_val_loss=jnp.where(state.count > 0, jnp.minimum(_window_minimum(state), loss), loss),
+        plateau_epochs=after.plateau_epochs,
+        host_stabilized=after.stabilized,
+        best_val_accuracy=jnp.maximum(before.latest.best_val_accuracy, accuracy),
+        best_val_loss=best_loss,
         available_slots=jnp.asarray(available_slots, jnp.int32),
-        **_histories(state),
+        **_histories(after),
     )
 
 

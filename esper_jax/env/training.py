@@ -22,6 +22,7 @@ from esper_jax.lifecycle import stages
 from esper_jax.network import morphogenetic, seed_bank
 from esper_jax.network.morphogenetic import Model
 from esper_jax.network.slots import SeedVars
+from esper_jax.trees import select
 from esper_jax.types import Array, SlotState, Stage
 
 CLIP_EPSILON = 1e-6
@@ -149,9 +150,8 @@ def train_batch(
     for s, (seed, grads, momentum) in enumerate(zip(model.seeds, seed_grads, optimiser.seeds, strict=True)):
         updates, new_momentum = seed_optimiser(cfg).update(scale(grads, seed_norms[s]), momentum, seed)
         # no gradient is not a zero gradient: parameters and momentum are held
-        hold = lambda new, old, s=s: jax.tree.map(lambda a, b: jnp.where(steps[s], a, b), new, old)
-        seeds.append(hold(optax.apply_updates(seed, updates), seed))
-        seed_momenta.append(hold(new_momentum, momentum))
+        seeds.append(select(steps[s], optax.apply_updates(seed, updates), seed))
+        seed_momenta.append(select(steps[s], new_momentum, momentum))
     metrics = {"loss": loss, "correct": correct, "norm": norm, "host_norm": host_norm}
     optimiser = OptimiserState(host_momentum, tuple(seed_momenta))
     return Model(host, tuple(seeds)), optimiser, Gradients(host_grads, seed_grads), metrics
@@ -179,7 +179,7 @@ def train_epoch(
         model, optimiser, grads, metrics = train_batch(model, optimiser, state, x, labels, cfg)
         sampled = k % cfg.telemetry_stride == 0
         new = (metrics["host_norm"], grads.seeds)
-        sample = jax.tree.map(lambda a, b: jnp.where(sampled, a, b), new, sample)
+        sample = select(sampled, new, sample)
         return (model, optimiser, sample), (metrics["loss"], metrics["correct"], metrics["norm"], labels.size)
 
     count = jax.tree.leaves(batches)[0].shape[0]

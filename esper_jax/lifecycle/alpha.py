@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from esper_jax.trees import select
 from esper_jax.types import AlphaCurve, AlphaMode, AlphaState, Array
 
 DEFAULT_STEEPNESS = 12.0
@@ -62,7 +63,7 @@ def retarget(
         steps_total=jnp.where(at_once, 0, steps),
         steps_done=0,
     )
-    return jax.tree.map(lambda now, old: jnp.where(where, now, old), new, state)
+    return select(where, new, state)
 
 
 def tick(state: AlphaState, where: Array) -> tuple[AlphaState, Array]:

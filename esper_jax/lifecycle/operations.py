@@ -8,6 +8,7 @@ from jax import lax
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import alpha, masks, stages
+from esper_jax.trees import select
 from esper_jax.types import (
     ALPHA_CURVES,
     ALPHA_SPEED_EPOCHS,
@@ -80,7 +81,7 @@ def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleC
 
     effects = {
         Op.WAIT: lambda slots, where: slots,
-        Op.GERMINATE: lambda slots, where: stages.select(where, _germinate(slots, where, request, accuracy), slots),
+        Op.GERMINATE: lambda slots, where: select(where, _germinate(slots, where, request, accuracy), slots),
         Op.SET_ALPHA_TARGET: lambda slots, where: _set_alpha_target(slots, where, request),
         Op.PRUNE: lambda slots, where: _prune(slots, where, request),
         Op.FOSSILIZE: _fossilize,

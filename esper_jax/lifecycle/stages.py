@@ -10,6 +10,7 @@ from jax import lax
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import alpha
+from esper_jax.trees import select, strong
 from esper_jax.types import AlphaAlgorithm, AlphaCurve, AlphaMode, Array, SeedMetrics, SlotState, Stage
 
 TRANSITIONS = {
@@ -92,8 +93,7 @@ def empty(n_slots: int) -> SlotState:
             **{name: zero for name in _FLOAT_METRICS}, **{name: no for name in _FLAGS}, contribution_age=count
         ),
     )
-    # strong types, as the other functions return them
-    return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), record)
+    return strong(record)
 
 
 _FLOAT_METRICS = (
@@ -105,11 +105,6 @@ _FLAGS = (
     "contribution_valid", "interaction_valid", "gradient_valid", "previous_gradient_valid", "gradient_vanishing",
     "gradient_exploding",
 )  # fmt: skip
-
-
-def select(where: Array, new: SlotState, old: SlotState) -> SlotState:
-    """Per slot: `new` where `where` (bool[S]), else `old`."""
-    return jax.tree.map(lambda a, b: jnp.where(where, a, b), new, old)
 
 
 def enter(slots: SlotState, where: Array, stage: Stage) -> SlotState:

@@ -19,15 +19,15 @@ from esper_jax.types import CNN_BLUEPRINTS, Array, SlotState
 
 @struct.dataclass
 class Model:
-    """A host and the seeds in its slots."""
+    """A host and the seeds in its slots; without seeds it is the bare host, whose boundaries are left alone."""
 
     host: cnn.HostVars
-    seeds: tuple[SeedVars, ...]  # one per slot, in the order of the forward pass
+    seeds: tuple[SeedVars, ...]  # one per slot, in the order of the forward pass, or none at all
 
     @property
     def blueprints(self) -> tuple[str, ...]:
         """Kinds of seeds that the slots can hold."""
-        return self.seeds[0].blueprints
+        return self.seeds[0].blueprints if self.seeds else ()
 
 
 def init(
@@ -48,7 +48,7 @@ def _slot_functions(model: Model, controls: Controls) -> dict[int, cnn.SlotFunct
     """`{block: function on tiles}` for every slot."""
     return {
         block: lambda tiles, s=s: slots.apply_slot(jax.tree.map(lambda leaf: leaf[s], controls), model.seeds[s], tiles)
-        for s, block in enumerate(model.host.cfg.slot_blocks)
+        for s, block in enumerate(model.host.cfg.slot_blocks[: len(model.seeds)])
     }
 
 
