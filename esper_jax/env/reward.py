@@ -107,6 +107,7 @@ class RewardInputs:
     """
 
     requested_op: Array  # i32[] Op that the controller asked for; its cost is due whatever becomes of it
+    slot: Array  # i32[] the slot that the action targeted
     succeeded: Array  # bool[] the op was legal, passed its gate and was executed
     # The slot before the action.
     has_seed: Array  # bool[] a seed is in the slot, fossils included; not in cooldown
@@ -138,7 +139,6 @@ class RewardInputs:
     previous_potential: Array  # f32[] `potential` of the state that the action was chosen in
     previous_alpha: Array  # f32[S] 0 where no seed was
     previous_params: Array  # f32[S] 0 where no seed was
-    slot: Array = struct.field(default_factory=lambda: jnp.int32(0))  # i32[] the slot that the action targeted
 
     @property
     def op(self) -> Array:

@@ -17,7 +17,7 @@ WEIGHTS = R.RewardWeights.from_config(RewardConfig(), GAMMA)
 SHAPED = jax.jit(lambda x, w=WEIGHTS: R.reward(x, w, "shaped", "harmonic"))
 LIVE = (Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 FIELDS = dict(
-    requested_op=Op.WAIT, succeeded=True, has_seed=False, stage=Stage.DORMANT, epochs_in_stage=0, seed_age=0,
+    requested_op=Op.WAIT, slot=0, succeeded=True, has_seed=False, stage=Stage.DORMANT, epochs_in_stage=0, seed_age=0,
     contribution=np.nan, contribution_valid=False, germination_accuracy=np.nan, germination_accuracy_valid=False,
     stage_improvement=np.nan, stage_improvement_valid=False, interaction_sum=np.nan, interaction_valid=False,
     total_improvement=np.nan, total_improvement_valid=False, val_accuracy=50.0, committed_accuracy=50.0,

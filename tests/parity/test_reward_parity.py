@@ -37,6 +37,7 @@ def inputs(case):
     slot = jnp.zeros((len(given["action"]), 1))
     return R.RewardInputs(
         requested_op=i("action"),
+        slot=jnp.zeros_like(i("action")),
         succeeded=jnp.ones_like(i("action"), bool),
         has_seed=i("has_seed") == 1,
         stage=i("stage"),
