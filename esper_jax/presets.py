@@ -27,7 +27,7 @@ PRESETS = {
         report_envs=8,
     ),
     "quick": Config(
-        data=DataConfig(image_size=16, train_limit=10_000, validation_size=512, test_limit=10_000),
+        data=DataConfig(image_size=16, train_limit=10_000, validation_size=512),
         # one pooling less than `cifar10`: 16x16 images keep 4x4 positions, so that a convolution in a slot sees space
         host=HostConfig(n_blocks=3, base_channels=8, pool_layers=2, kernel_size=3),
         training=TrainingConfig(epochs=24, batches_per_epoch=12, batch_size=128),
