@@ -17,6 +17,7 @@ from esper_jax.config import (
     TrackerConfig,
     TrainingConfig,
 )
+from esper_jax.data import shapes
 from esper_jax.types import CNN_BLUEPRINTS
 
 REFUSED = [
@@ -211,3 +212,10 @@ def test_presets():
 def test_unknown_presets(look_up, name, message):
     with pytest.raises(ValueError, match=message):
         look_up(name)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_ask_for_no_more_than_the_synthetic_data_have(name):
+    wanted = presets.get(name).data
+    assert (wanted.train_limit or 0) + wanted.validation_size <= shapes.TRAIN
+    assert (wanted.test_limit or 0) <= shapes.TEST
