@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig, nearest_hint
 
 HOSTS = {
@@ -29,7 +31,7 @@ PRESETS = {
     "quick": Config(
         data=DataConfig(image_size=16, train_limit=10_000, validation_size=512),
         # one pooling less than `cifar10`: 16x16 images keep 4x4 positions, so that a convolution in a slot sees space
-        host=HostConfig(n_blocks=3, base_channels=8, pool_layers=2, kernel_size=3),
+        host=dataclasses.replace(HOSTS["cifar10"], pool_layers=2),
         training=TrainingConfig(epochs=24, batches_per_epoch=12, batch_size=128),
         ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=3),
         n_envs=16,
