@@ -3,6 +3,8 @@
 Followed is `head`; `seed` germinates without a free slot and takes the host's gain for a missing contribution.
 """
 
+import functools
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -72,27 +74,32 @@ def inputs(case):
     return signals, slots
 
 
-@golden.each_case("heuristic")
-def test_sequence(case):
-    cfg, (signals, slots) = config(case), inputs(case)
+@functools.partial(jax.jit, static_argnames="cfg")
+def run(cfg, signals, slots):
+    """Every decision and the memory after it."""
 
     def step(state, x):
         state, decision = H.decide(state, *x, cfg)
         return state, (decision, state)
 
-    decision, state = jax.jit(lambda xs: jax.lax.scan(step, H.init(cfg), xs)[1])((signals, slots))
-    decision, state = jax.tree.map(np.asarray, (decision, state))
+    return jax.lax.scan(step, H.init(cfg), (signals, slots))[1]
+
+
+@golden.each_case("heuristic")
+def test_sequence(case):
+    cfg, (signals, slots) = config(case), inputs(case)
+    decision, state = jax.tree.map(np.asarray, run(cfg, signals, slots))
     expected = golden.sub(case, "head")
     for name in ("op", "reason"):
-        np.testing.assert_array_equal(getattr(decision, name), expected[name])
+        golden.close(getattr(decision, name), expected[name], name)
     for name in ("rotation_index", "last_prune_epoch", "germinations"):
-        np.testing.assert_array_equal(getattr(state, name), expected[name])
-    np.testing.assert_allclose(decision.confidence, expected["confidence"], rtol=1e-5)
-    np.testing.assert_allclose(state.penalty, expected["penalty"], rtol=1e-5, atol=1e-7)
+        golden.close(getattr(state, name), expected[name], name)
+    golden.close(decision.confidence, expected["confidence"], "confidence", rtol=1e-5)
+    golden.close(state.penalty, expected["penalty"], "penalty", rtol=1e-5)
 
     germinates = decision.op == Op.GERMINATE
-    np.testing.assert_array_equal(decision.blueprint[germinates], expected["blueprint"][germinates])
+    golden.close(decision.blueprint[germinates], expected["blueprint"][germinates], "blueprint")
     targeted = expected["target_slot"] >= 0
-    np.testing.assert_array_equal(decision.slot[targeted], expected["target_slot"][targeted])
+    golden.close(decision.slot[targeted], expected["target_slot"][targeted], "target_slot")
     first_empty = np.argmax(np.asarray(slots.stage) == Stage.DORMANT, axis=1)
     np.testing.assert_array_equal(decision.slot[germinates], first_empty[germinates])

@@ -37,10 +37,11 @@ def _episode(cfg: LifecycleConfig):
 
 _REQUEST = ("op", "algorithm", "ramp_curve", "target", "steps", "curve")
 _DTYPES = {"f": jnp.float32, "i": jnp.int32}
-LONGEST = 45  # epochs; shorter lives are drawn out, so that all share one compilation
 
 
 def _given(case):
+    """What the epochs of a life bring; shorter lives are drawn out to the longest, so that all share a program."""
+    longest = max(len(other["in/op"]) for other in golden.cases("lifecycle").values())
     given = golden.sub(case, "in")
     style = given.pop("style")
     table = lambda values: np.where(style < 0, 0, np.array([int(v) for v in values])[style])
@@ -48,7 +49,7 @@ def _given(case):
     given["target"] = np.nan_to_num(given["target"], nan=1.0)
     given["curve"] = np.where(given["curve"] < 0, 1, given["curve"])
     given["steps"], given["tempo"] = np.maximum(given["steps"], 0), np.maximum(given["tempo"], 0)
-    to_jax = lambda v: jnp.asarray(np.pad(v, (0, LONGEST - len(v)), "edge"), _DTYPES[v.dtype.kind])
+    to_jax = lambda v: jnp.asarray(np.pad(v, (0, longest - len(v)), "edge"), _DTYPES[v.dtype.kind])
     return {name: to_jax(values) for name, values in given.items()}
 
 
@@ -85,22 +86,29 @@ def _fields(slots):
     }
 
 
-# The literal-rule episodes show two defects (ADVANCE fossilises a holding seed, an instant prune hits a moving one).
-@golden.each_case("lifecycle", where=lambda case: case["meta/literal_rule"] == 0)
+@golden.each_case("lifecycle")
 def test_lifecycle(case):
     cfg = LifecycleConfig(permissive_gates=bool(case["meta/permissive"]), isolate_after_training=True)
-    epochs = len(case["in/op"])
+    # an episode under the literal rule is compared up to the illegal op that only there is executed
+    literal = np.flatnonzero((case["valid"] == 0) & (case["success"] == 1))
+    epochs = literal[0] if literal.size else len(case["in/op"])
     before, after, outcome, measured = jax.tree.map(lambda leaf: leaf[:epochs], _episode(cfg)(_given(case)))
-    np.testing.assert_array_equal(np.asarray(outcome.legal), case["valid"])
-    np.testing.assert_array_equal(np.asarray(outcome.success), case["success"])
-    np.testing.assert_array_equal(outcome.gate_level, case["gate_level"])
-    np.testing.assert_array_equal(np.where(outcome.gate_level < 0, -1, outcome.gate_passed), case["gate_passed"])
-    np.testing.assert_allclose(
-        np.where(outcome.gate_level < 0, np.nan, outcome.gate_score), case["gate_score"], rtol=1e-5, atol=2e-6
-    )
-    np.testing.assert_array_equal(np.asarray(measured), case["contribution_measured"])
+    no_gate = outcome.gate_level < 0
+    exact = {
+        "valid": outcome.legal,
+        "success": outcome.success,
+        "gate_level": outcome.gate_level,
+        "gate_passed": np.where(no_gate, -1, outcome.gate_passed),
+        "contribution_measured": measured,
+    }
+    for name, actual in exact.items():
+        golden.close(actual, case[name][:epochs], name)
+    # the absolute part of improvements, and of the scores made of them: differences of accuracies of up to 100 points
+    score = np.where(no_gate, np.nan, outcome.gate_score)
+    golden.close(score, case["gate_score"][:epochs], "gate_score", rtol=1e-5, atol=2e-6)
     for when, slots in (("obs", before), ("end", after)):
-        ours, theirs = _fields(slots), golden.sub(case, when)
+        ours = _fields(slots)
+        theirs = {name: values[:epochs] for name, values in golden.sub(case, when).items()}
         acts = np.isin(theirs["stage"], [int(s) for s in stages.ACTIVE]) & (theirs["stage"] != Stage.GERMINATED)
         for name, wanted in theirs.items():
             where = np.ones_like(acts)
@@ -112,9 +120,7 @@ def test_lifecycle(case):
             if name in ("steps_total", "steps_done"):
                 # a retarget to the present alpha leaves no ramp here; the reference keeps a count that never moves
                 where = ~((ours["steps_total"] == 0) & (theirs["alpha_start"] == theirs["alpha_target"]))
-            np.testing.assert_allclose(
-                ours[name][where].astype(float), wanted[where], rtol=1e-5, atol=2e-5, err_msg=f"{when}/{name}"
-            )
+            golden.close(ours[name][where], wanted[where], f"{when}/{name}", rtol=1e-5, atol=2e-5)
 
 
 @golden.each_case("alpha_controller")
@@ -129,14 +135,13 @@ def test_alpha(case):
     at_once = np.asarray(state.steps_total == 0)
     reached = np.zeros(n, bool)
     for k in range(ticks):
-        np.testing.assert_allclose(state.alpha, case["alpha"][:, k], rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(state.mode, case["mode"][:, k])
+        # the absolute part: near alpha 0 the sigmoid is a difference of float32 numbers
+        golden.close(state.alpha, case["alpha"][:, k], f"alpha after {k} ticks", rtol=1e-5, atol=1e-6)
+        golden.close(state.mode, case["mode"][:, k], f"mode after {k} ticks")
         # a ramp that is there at once leaves no step count here
-        np.testing.assert_array_equal(np.asarray(state.steps_done)[~at_once], case["steps_done"][~at_once, k])
-        if case["reached"].ndim == 2:
-            column = k if case["reached"].shape[1] == ticks else k - 1
-            if column >= 0:
-                np.testing.assert_array_equal(reached, case["reached"][:, column].astype(bool))
+        done = np.asarray(state.steps_done)[~at_once]
+        golden.close(done, case["steps_done"][~at_once, k], f"steps_done after {k} ticks")
+        golden.close(reached, case["reached"][:, k], f"reached in tick {k}")
         state, reached = alpha.tick(state, everywhere)
 
 
@@ -149,7 +154,7 @@ def _legal(cfg: LifecycleConfig):
 
 
 def _mask_states(case):
-    """All rows as five slots [N, 5].
+    """All rows as slots [N, S]; a row with fewer than S slots is padded.
 
     A slot that is not enabled offers nothing, but its seed counts: a fossil. A record in stage DORMANT, which the
     reference has for a moment while it germinates, is neither empty nor a seed: UNKNOWN.
@@ -160,7 +165,8 @@ def _mask_states(case):
     seed = np.isin(stage, [int(s) for s in stages.ACTIVE])
     stage = np.where(enabled, stage, np.where(seed, Stage.FOSSILIZED, Stage.UNKNOWN))
     i32 = lambda x: jnp.asarray(np.maximum(x, 0), jnp.int32)
-    slots = jax.vmap(lambda _: stages.empty(5))(jnp.arange(len(stage)))
+    rows, n_slots = stage.shape
+    slots = jax.vmap(lambda _: stages.empty(n_slots))(jnp.arange(rows))
     slots = slots.replace(
         stage=i32(stage),
         epochs_total=i32(given["age"]),
@@ -186,17 +192,18 @@ def test_masks(case, state):
         cfg = LifecycleConfig(min_prune_age=age, sequential=state != "seed", max_seeds=int(limit))
         ours = jax.tree.map(lambda mask, rows=rows: np.asarray(mask)[rows], _legal(cfg)(slots))
         where, there = comparable[rows], enabled[rows]
-        np.testing.assert_array_equal(ours.op & where, wanted["op"][rows] & where, err_msg=f"limit {limit}")
-        np.testing.assert_array_equal(ours.slot & there, wanted["slot"][rows])
+        what = f"of {state}, limit {limit}"
+        golden.close(ours.op & where, wanted["op"][rows] & where, f"op {what}")
+        golden.close(ours.slot & there, wanted["slot"][rows], f"slot {what}")
         for head in ("style", "tempo", "alpha_target", "alpha_speed"):
-            np.testing.assert_array_equal(getattr(ours, head), wanted[head][rows], err_msg=f"{head}, limit {limit}")
+            golden.close(getattr(ours, head), wanted[head][rows], f"{head} {what}")
         if "slot_by_op" in wanted:
             of_slots = where[:, :, None] & there[:, None]
-            np.testing.assert_array_equal(ours.slot_by_op & of_slots, wanted["slot_by_op"][rows] & of_slots)
+            golden.close(ours.slot_by_op & of_slots, wanted["slot_by_op"][rows] & of_slots, f"slot_by_op {what}")
         assert ours.alpha_curve.all() and ours.op[:, Op.WAIT].all()
         compared += rows.sum()
     assert compared == len(enabled)
     for topology, names in enumerate((CNN_BLUEPRINTS, TRANSFORMER)):
         offered = masks.legal(stages.empty(1), LifecycleConfig(blueprints=names)).blueprint
         theirs = wanted["blueprint"][given["topology"] == topology]
-        np.testing.assert_array_equal(theirs, np.broadcast_to(offered, theirs.shape))
+        golden.close(np.broadcast_to(offered, theirs.shape), theirs, f"blueprint of {state}")

@@ -12,16 +12,16 @@ each_reward = golden.each_case("normalizer", lambda case: "rewards" in case)
 each_value = golden.each_case("normalizer", lambda case: "denormalized" in case)
 
 
-def close(actual, expected, rtol=2e-4, scale=0.0):
+def close(actual, expected, what, rtol=2e-4, scale=0.0):
     """Relative to each value, and to `scale` for values that may cross zero."""
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * scale)
+    golden.close(actual, expected, what, rtol=rtol, atol=rtol * scale)
 
 
 def close_statistics(state, case, i):
     deviation = np.sqrt(case["var"][i] + N.EPS)
-    close(state.mean / deviation, case["mean"][i] / deviation, scale=1.0)
-    close(state.var, case["var"][i])
-    close(state.count, case["count"][i])
+    close(state.mean / deviation, case["mean"][i] / deviation, "mean over deviation", scale=1.0)
+    close(state.var, case["var"][i], "var")
+    close(state.count, case["count"][i], "count")
 
 
 def batches(case):
@@ -35,7 +35,7 @@ def test_observation_statistics(case):
     for i, batch in enumerate(batches(case)):
         state = N.update(state, jnp.asarray(batch), momentum=momentum)
         close_statistics(state, case, i)
-        close(N.normalise(state, jnp.asarray(case["probe"])), case["normalized"][i], scale=1.0)
+        close(N.normalise(state, jnp.asarray(case["probe"])), case["normalized"][i], "normalized", scale=1.0)
 
 
 @each_reward
@@ -49,12 +49,12 @@ def test_reward_trace(case):
 
     _, (before, after, mean, m2) = jax.lax.scan(step, N.reward_init(), rewards)
     size = np.max(np.abs(case["rewards"]))
-    close(before, case["normalize_only_before_update"], 1e-5, 1.0)
-    close(after, case["normalized"], 1e-5, 1.0)
-    close(mean, case["mean"], 1e-5, size)
-    close(m2, case["m2"], 1e-5, size**2)
+    close(before, case["normalize_only_before_update"], "normalize_only_before_update", 1e-5)
+    close(after, case["normalized"], "normalized", 1e-5)
+    close(mean, case["mean"], "mean", 1e-5, size)
+    close(m2, case["m2"], "m2", 1e-5)
     _, at_once = N.reward_update_and_normalise(N.reward_init(), rewards)
-    close(at_once, case["normalized"], 1e-5, 1.0)
+    close(at_once, case["normalized"], "normalized at once", 1e-5)
 
 
 @each_value
@@ -63,5 +63,6 @@ def test_value_statistics(case):
     for i, batch in enumerate(batches(case)):
         state = N.value_update(state, jnp.asarray(batch))
         close_statistics(state, case, i)
-        close(N.value_normalise(state, jnp.asarray(case["probe"])), case["normalized"][i], scale=1.0)
-        close(N.value_denormalise(state, jnp.asarray(case["probe"])), case["denormalized"][i])
+        probe = jnp.asarray(case["probe"])
+        close(N.value_normalise(state, probe), case["normalized"][i], "normalized", scale=1.0)
+        close(N.value_denormalise(state, probe), case["denormalized"][i], "denormalized")

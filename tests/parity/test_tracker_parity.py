@@ -3,6 +3,8 @@
 Followed is `head`, which differs from `seed` in the rule of stability.
 """
 
+import functools
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,9 @@ def config(case):
     return TrackerConfig(**{name: int(value) if name in whole else float(value) for name, value in of.items()})
 
 
-def run(case):
+@functools.partial(jax.jit, static_argnames="cfg")
+def run(cfg, inputs):
     """Signals of `peek` just before every `update`, those of the update, and the state after it."""
-    cfg = config(case)
-    inputs = {name: jnp.asarray(values) for name, values in golden.sub(case, "in").items() if "/" not in name}
 
     def step(state, x):
         epoch, values = x
@@ -35,38 +36,35 @@ def run(case):
         state, signals = T.update(state, cfg=cfg, **values)
         return state, (peeked, signals, state)
 
-    @jax.jit
-    def scan(inputs):
-        return jax.lax.scan(step, T.init(cfg), (jnp.arange(1, inputs["val_loss"].shape[0] + 1), inputs))[1]
-
-    return jax.tree.map(np.asarray, scan(inputs))
+    return jax.lax.scan(step, T.init(cfg), (jnp.arange(1, inputs["val_loss"].shape[0] + 1), inputs))[1]
 
 
-def close(actual, expected):
+def close(actual, expected, what):
     """1e-5 relative; the absolute part is that of a difference of accuracies up to 100 in float32."""
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    golden.close(actual, expected, what, rtol=1e-5, atol=1e-5)
 
 
-def history(actual, valid, expected):
+def history(actual, valid, expected, what):
     np.testing.assert_array_equal(valid, np.isfinite(expected))
-    close(np.where(valid, actual, np.nan), expected)
+    close(np.where(valid, actual, np.nan), expected, what)
 
 
 @golden.each_case("tracker")
 def test_sequences(case):
-    peeked, signals, state = run(case)
+    inputs = {name: jnp.asarray(values) for name, values in golden.sub(case, "in").items() if "/" not in name}
+    peeked, signals, state = jax.tree.map(np.asarray, run(config(case), inputs))
     expected = golden.sub(case, "head")
     for name in EXACT:
-        np.testing.assert_array_equal(getattr(signals, name), expected[name])
-        np.testing.assert_array_equal(getattr(peeked, name), expected[f"peek_{name}"])
+        golden.close(getattr(signals, name), expected[name], name)
+        golden.close(getattr(peeked, name), expected[f"peek_{name}"], f"peek_{name}")
     for name in CLOSE:
-        close(getattr(signals, name), expected[name])
-        close(getattr(peeked, name), expected[f"peek_{name}"])
-    np.testing.assert_array_equal(state.stable_epochs, expected["stable_count"])
-    np.testing.assert_array_equal(signals.history_valid.sum(1), expected["history_length"])
-    history(signals.loss_history, signals.history_valid, expected["loss_history"])
-    history(signals.accuracy_history, signals.history_valid, expected["accuracy_history"])
-    history(peeked.loss_history[1:], peeked.history_valid[1:], expected["loss_history"][:-1])
+        close(getattr(signals, name), expected[name], name)
+        close(getattr(peeked, name), expected[f"peek_{name}"], f"peek_{name}")
+    golden.close(state.stable_epochs, expected["stable_count"], "stable_count")
+    golden.close(signals.history_valid.sum(1), expected["history_length"], "history_length")
+    for name in ("loss_history", "accuracy_history"):
+        history(getattr(signals, name), signals.history_valid, expected[name], name)
+        history(getattr(peeked, name)[1:], peeked.history_valid[1:], expected[name][:-1], f"peek_{name}")
 
 
 @golden.each_case("tracker", lambda case: "in/seeds/stage" in case)
@@ -91,7 +89,7 @@ def test_summary_seed(case):
         jnp.asarray(np.isfinite(seeds["contribution"])),
         numbers("improvement"),
     )
-    np.testing.assert_array_equal(actual.stage, expected["seed_stage"])
-    np.testing.assert_array_equal(actual.epochs_in_stage, expected["seed_epochs_in_stage"])
-    close(actual.alpha, expected["seed_alpha"])
-    close(actual.improvement, expected["seed_improvement"])
+    golden.close(actual.stage, expected["seed_stage"], "seed_stage")
+    golden.close(actual.epochs_in_stage, expected["seed_epochs_in_stage"], "seed_epochs_in_stage")
+    close(actual.alpha, expected["seed_alpha"], "seed_alpha")
+    close(actual.improvement, expected["seed_improvement"], "seed_improvement")

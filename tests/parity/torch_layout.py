@@ -3,13 +3,14 @@
 Gradients have the layout of what they belong to, so one conversion serves both.
 """
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esper_jax.config import HostConfig
 from esper_jax.lifecycle import stages
-from esper_jax.network import seed_bank, slots
+from esper_jax.network import blueprints, seed_bank, slots
 from esper_jax.network.cnn import Block, HostParams, HostVars, Statistics
 
 _norm = {"scale": "gn.weight", "bias": "gn.bias"}
@@ -47,6 +48,15 @@ def tensor(name: str, value: np.ndarray) -> jax.Array:
     return jnp.asarray(value)
 
 
+def host_config(given: dict[str, np.ndarray], slots=()) -> HostConfig:
+    """Shape of the CNN host with these parameters. Where it pools they do not say: like the presets, in every block
+    unless its kernels are 1x1."""
+    n_blocks = sum(name.endswith(".conv.weight") for name in given)
+    base_channels, _, kernel_size, _ = given["blocks.0.conv.weight"].shape
+    pool_layers = 0 if kernel_size == 1 else n_blocks
+    return HostConfig(n_blocks, base_channels, pool_layers, kernel_size, tuple(slots))
+
+
 def host_params(given: dict[str, np.ndarray], cfg: HostConfig) -> HostParams:
     """Parameters (or their gradients) of a CNN host."""
     names = ("conv.weight", "bn.weight", "bn.bias")
@@ -62,6 +72,12 @@ def host_stats(given: dict[str, np.ndarray], cfg: HostConfig) -> tuple[Statistic
 
 def host_vars(given: dict[str, np.ndarray], cfg: HostConfig) -> HostVars:
     return HostVars(host_params(given, cfg), host_stats(given, cfg), cfg)
+
+
+def blueprint_of(given: dict[str, np.ndarray]) -> str:
+    """The CNN blueprint whose parameters have these names."""
+    (blueprint,) = [key for key, names in SEED_NAMES.items() if set(names.values()) == set(given)]
+    return blueprint
 
 
 def seed_params(blueprint: str, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -90,6 +106,16 @@ def seed_vars(blueprint: str, seed: dict, gate: dict, width: int, names: tuple[s
     )
 
 
+def unpacked(vars: slots.SeedVars, blueprint: str) -> dict[str, dict[str, jax.Array]]:
+    """The arrays in both vectors of a slot, so that each is compared by its own size."""
+    hidden = (vars.gate.size - 1) // (vars.width + 2)
+    gate = jnp.split(vars.gate, np.cumsum([vars.width * hidden, hidden, hidden]))
+    return {
+        "seed": seed_bank.unpack(blueprints.CNN[blueprint], vars.width, vars.params),
+        "gate": dict(zip(("W1", "b1", "W2", "b2"), gate, strict=True)),
+    }
+
+
 def slot_state(stage, blueprint, algorithm, alpha, isolate):
     """Lifecycle record; every argument has one entry per slot."""
     n = len(stage)
@@ -102,11 +128,10 @@ def slot_state(stage, blueprint, algorithm, alpha, isolate):
     )  # fmt: skip
 
 
-def assert_close(ours, theirs, *, relative: float, absolute: float = 0.0) -> None:
-    """Every leaf within `relative` times the largest element of the reference's leaf, plus `absolute`."""
+def assert_close(ours, theirs, what: str, *, relative: float = 0.0, absolute: float = 0.0) -> None:
+    """Every leaf within `absolute`, or `relative` times the largest element of the reference's leaf if that is more."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     paths = jax.tree_util.tree_flatten_with_path(theirs)[0]
     for (path, wanted), got in zip(paths, jax.tree.leaves(ours), strict=True):
-        wanted = np.asarray(wanted)
-        limit = absolute + relative * float(np.abs(wanted).max(initial=0))
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+        limit = max(absolute, relative * float(np.abs(wanted).max(initial=0)))
+        golden.close(got, wanted, what + jax.tree_util.keystr(path), atol=limit)
