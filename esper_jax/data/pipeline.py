@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
 from esper_jax.config import DataConfig
 from esper_jax.types import Array
@@ -157,18 +156,19 @@ def normalise(dataset: Dataset, images: Array) -> Array:
 def augment(key: Array, images: Array) -> Array:
     """Flip each image left to right with probability 1/2, pad it with H/8 black pixels, cut a random HxW window.
 
-    u8 `[B, H, W, C]` to the same shape. The reference crops before it flips: the same distribution, but flipping first
-    is the faster order on a CPU (the flip then fuses with the padding).
+    u8 `[B, H, W, C]` to the same shape. The reference crops before it flips: the same distribution.
     """
-    batch, height, width, channels = images.shape
+    batch, height, width, _ = images.shape
     pad = height // 8
     flip_key, offset_key = jax.random.split(key)
-    flip = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+    flip = jax.random.bernoulli(flip_key, shape=(batch, 1))
     offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1, jnp.int32)
-    images = jnp.where(flip, images[:, :, ::-1], images)
-    images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    window = lambda image, offset: lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
-    return jax.vmap(window)(images, offsets)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    # one gather of pixels: slices per image, then transposed by the network, are three times slower on a CPU
+    rows = offsets[:, :1] + jnp.arange(height)
+    columns = offsets[:, 1:] + jnp.arange(width)
+    columns = jnp.where(flip, padded.shape[2] - 1 - columns, columns)
+    return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def train_batch(key: Array, dataset: Dataset, indices: Array) -> tuple[Array, Array]:
