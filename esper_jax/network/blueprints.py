@@ -2,7 +2,8 @@
 
 A seed reads the host's features at its slot and returns features of the same shape. No BatchNorm, no dropout, no bias
 in convolutions. A row has a `spec`, which says how many parameters of what shape and initial range a module has at a
-width, and a `forward` on one tile `[C, H, W, N]` (see `layers`). To add a module from outside, `register` one.
+width, and a `forward` on one tile `[C, H, W, N]` (see `layers`); its costly first part may be told apart as `stem`. To
+add a module from outside, `register` one.
 
 Every parameter starts uniform in a range (PyTorch's default for layers) or constant, so that all kinds of seeds are
 drawn by one random call. Initial values differ from the reference where its choice could never learn (a zero
@@ -52,7 +53,16 @@ class Blueprint(NamedTuple):
     """A kind of seed."""
 
     spec: Callable[[int], dict[str, Initial]]  # width -> parameters, in the order in which they are packed
-    forward: Callable[[Params, Array], Array]  # (parameters, [C, H, W, N]) -> [C, H, W, N]
+    forward: Callable[..., Array]  # (parameters, x) -> y, both [C, H, W, N]; with a stem (parameters, x, stem's) -> y
+    stem: Callable[[Params, Array], Array] | None = None  # (parameters, x) -> [C, H, W, N], kept for the backward pass
+
+    def stem_of(self, params: Params, x: Array) -> Array:
+        """What is kept of a tile for the backward pass; zeros for a module that keeps nothing."""
+        return jnp.zeros_like(x) if self.stem is None else self.stem(params, x)
+
+    def after_stem(self, params: Params, x: Array, stem: Array) -> Array:
+        """The module on a tile of which the stem is known."""
+        return self.forward(params, x) if self.stem is None else self.forward(params, x, stem)
 
     def init(self, key: Array, width: int) -> Params:
         """Fresh parameters for `width` channels, f32."""
@@ -67,7 +77,8 @@ class Blueprint(NamedTuple):
 
     def apply(self, params: Params, x: Array) -> Array:
         """The module on features `[B, H, W, C]`."""
-        return layers.from_tiles(self.forward(params, layers.to_tiles(x)[0])[None])
+        tile = layers.to_tiles(x)[0]
+        return layers.from_tiles(self.after_stem(params, tile, self.stem_of(params, tile))[None])
 
     def param_count(self, width: int) -> int:
         """Number of parameters at `width` channels."""
@@ -115,10 +126,9 @@ def _depthwise_spec(c: int) -> dict[str, Initial]:
     return {"depthwise": uniform((3, 3, c), 9), "pointwise": _conv(1, c, c), **_group_norm_spec(c)}
 
 
-def _depthwise(p: Params, x: Array) -> Array:
-    """x + relu(GN(PW(DW3(x)))); C^2 + 11C parameters."""
-    y = layers.conv_tile(layers.depthwise_tile(x, p["depthwise"]), p["pointwise"])
-    return x + jax.nn.relu(layers.group_norm_tile(y, p["scale"], p["bias"]))
+def _separable(p: Params, x: Array) -> Array:
+    """PW(DW3(x))."""
+    return layers.conv_tile(layers.depthwise_tile(x, p["depthwise"]), p["pointwise"])
 
 
 def _bottleneck_spec(c: int) -> dict[str, Initial]:
@@ -127,16 +137,28 @@ def _bottleneck_spec(c: int) -> dict[str, Initial]:
     return {**convolutions, **_group_norm_spec(c, scale=0.0)}
 
 
-def _bottleneck(p: Params, x: Array) -> Array:
-    """x + GN(U relu(C3 relu(D x))), inner width b = max(8, C//4); 2Cb + 9b^2 + 2C parameters."""
+def _narrow(p: Params, x: Array) -> Array:
+    """U relu(C3 relu(D x)), inner width b = max(8, C//4)."""
     y = jax.nn.relu(layers.conv_tile(x, p["down"]))
     y = jax.nn.relu(layers.conv_tile(y, p["conv"]))
-    return x + layers.group_norm_tile(layers.conv_tile(y, p["up"]), p["scale"], p["bias"])
+    return layers.conv_tile(y, p["up"])
 
 
-def _residual(p: Params, x: Array) -> Array:
-    """x + relu(GN(conv(x))); conv_small (1x1) has C^2 + 2C parameters, conv_light (3x3) 9C^2 + 2C."""
-    return x + jax.nn.relu(layers.group_norm_tile(layers.conv_tile(x, p["conv"]), p["scale"], p["bias"]))
+def _bottleneck(p: Params, x: Array, narrow: Array) -> Array:
+    """x + GN(U relu(C3 relu(D x))); 2Cb + 9b^2 + 2C parameters."""
+    return x + layers.group_norm_tile(narrow, p["scale"], p["bias"])
+
+
+def _convolution(p: Params, x: Array) -> Array:
+    return layers.conv_tile(x, p["conv"])
+
+
+def _residual(p: Params, x: Array, y: Array) -> Array:
+    """x + relu(GN(y)), y = conv(x) or PW(DW3(x)).
+
+    conv_small (1x1) has C^2 + 2C parameters, conv_light (3x3) 9C^2 + 2C, depthwise C^2 + 11C.
+    """
+    return x + jax.nn.relu(layers.group_norm_tile(y, p["scale"], p["bias"]))
 
 
 def _conv_heavy_spec(c: int) -> dict[str, Initial]:
@@ -144,13 +166,15 @@ def _conv_heavy_spec(c: int) -> dict[str, Initial]:
     return {f"{name}_{i}": initial for i in (0, 1) for name, initial in half.items()}
 
 
-def _conv_heavy(p: Params, x: Array) -> Array:
-    """x + B(B(x)), B = relu(GN(conv3(.))); 18C^2 + 4C parameters."""
-    y = x
-    for i in (0, 1):
-        y = layers.conv_tile(y, p[f"conv_{i}"])
-        y = jax.nn.relu(layers.group_norm_tile(y, p[f"scale_{i}"], p[f"bias_{i}"]))
-    return x + y
+def _first_convolution(p: Params, x: Array) -> Array:
+    return layers.conv_tile(x, p["conv_0"])
+
+
+def _conv_heavy(p: Params, x: Array, y: Array) -> Array:
+    """x + B(B(x)), B = relu(GN(conv3(.))), y = the first conv3(x); 18C^2 + 4C parameters."""
+    y = jax.nn.relu(layers.group_norm_tile(y, p["scale_0"], p["bias_0"]))
+    y = layers.conv_tile(y, p["conv_1"])
+    return x + jax.nn.relu(layers.group_norm_tile(y, p["scale_1"], p["bias_1"]))
 
 
 # The reference sets a seed's last layer to zero when it is germinated under MULTIPLY. For these modules that zero
@@ -158,13 +182,13 @@ def _conv_heavy(p: Params, x: Array) -> Array:
 # blend is the identity at alpha 0 anyway: nothing is set.
 CNN: dict[str, Blueprint] = {
     "noop": Blueprint(lambda c: {}, _noop),
-    "conv_light": Blueprint(lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual),
+    "conv_light": Blueprint(lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual, _convolution),
     "attention": Blueprint(_attention_spec, _attention),
     "norm": Blueprint(_norm_spec, _norm),
-    "depthwise": Blueprint(_depthwise_spec, _depthwise),
-    "bottleneck": Blueprint(_bottleneck_spec, _bottleneck),
-    "conv_small": Blueprint(lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual),
-    "conv_heavy": Blueprint(_conv_heavy_spec, _conv_heavy),
+    "depthwise": Blueprint(_depthwise_spec, _residual, _separable),
+    "bottleneck": Blueprint(_bottleneck_spec, _bottleneck, _narrow),
+    "conv_small": Blueprint(lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual, _convolution),
+    "conv_heavy": Blueprint(_conv_heavy_spec, _conv_heavy, _first_convolution),
 }
 
 
@@ -177,9 +201,13 @@ def register(name: str, blueprint: Blueprint) -> None:
     if name in BLUEPRINTS:
         raise ValueError(f"blueprint {name!r} exists already (known: {', '.join(BLUEPRINTS)})")
     x = jax.ShapeDtypeStruct((8, 6, 4, 2), jnp.float32)
-    y = jax.eval_shape(lambda key, x: blueprint.forward(blueprint.init(key, 8), x), jax.random.key(0), x)
-    if y.shape != x.shape or y.dtype != x.dtype:
-        raise ValueError(f"blueprint {name!r} turns features {x.shape} into {y.shape}: must keep shape and dtype")
+    params = jax.eval_shape(lambda key: blueprint.init(key, 8), jax.random.key(0))
+    stem = jax.eval_shape(blueprint.stem_of, params, x)
+    for part, y in (("stem", stem), ("module", jax.eval_shape(blueprint.after_stem, params, x, stem))):
+        if y.shape != x.shape or y.dtype != x.dtype:
+            raise ValueError(
+                f"blueprint {name!r}: its {part} turns features {x.shape} into {y.shape}: must keep shape and dtype"
+            )
     BLUEPRINTS.append(name)
     CNN[name] = blueprint
     HEAD_SIZES["blueprint"] = len(BLUEPRINTS)

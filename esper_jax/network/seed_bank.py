@@ -146,25 +146,29 @@ def switch(branches: Sequence[Callable]) -> Callable:
     return run
 
 
-def differentiable_switch(forward: Sequence[Callable], backward: Sequence[Callable], fixed: int) -> Callable:
-    """`run(index, *operands)` over `forward`, whose reverse mode is a switch over `backward`.
+def differentiable_switch(
+    forward: Sequence[Callable], keeping: Sequence[Callable], backward: Sequence[Callable], fixed: int
+) -> Callable:
+    """`run(index, *operands)` over `forward`, whose reverse mode is a switch over `keeping`, then one over `backward`.
 
-    `forward[i](*operands) -> out`; `backward[i](cotangent, *operands)` returns the cotangents of all operands but the
-    first `fixed`, which have none. Only the operands are kept for the backward pass: branches compute again what they
-    need, so no branch pays for another's residuals.
+    `forward[i](*operands) -> out`; `keeping[i](*operands) -> (out, kept)`, the same `out` and one pytree of arrays, of
+    the same shapes for all branches; `backward[i](cotangent, kept, *operands)` returns the cotangents of all operands
+    but the first `fixed`, which have none. Besides `kept` only the operands are remembered: branches compute again what
+    else they need, so no branch pays for another's residuals.
     """
-    run_forward, run_backward = switch(forward), switch(backward)
+    run_forward, run_keeping, run_backward = switch(forward), switch(keeping), switch(backward)
 
     @jax.custom_vjp
     def run(index, *operands):
         return run_forward(index, *operands)
 
     def run_fwd(index, *operands):
-        return run_forward(index, *operands), (index, operands)
+        out, kept = run_keeping(index, *operands)
+        return out, (index, kept, operands)
 
     def run_bwd(residuals, cotangent):
-        index, operands = residuals
-        return (*[None] * (1 + fixed), *run_backward(index, cotangent, *operands))
+        index, kept, operands = residuals
+        return (*[None] * (1 + fixed), *run_backward(index, cotangent, kept, *operands))
 
     run.defvjp(run_fwd, run_bwd)
     return run

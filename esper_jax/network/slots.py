@@ -120,45 +120,57 @@ def blend(mode: Array, h: Array, s: Array, x: Array, alpha: Array, gate: Array) 
     return jnp.where(mode == STRAIGHT_THROUGH, straight, jnp.where(mode == MULTIPLY, multiplied, mixed))
 
 
-def _seed_and_blend(blueprint, mode, alpha, isolate, params, gate, h):
-    """One slot with a seed of a known blueprint, on one tile."""
-    x = jnp.where(isolate, lax.stop_gradient(h), h)
-    s = blueprint.forward(seed_bank.unpack(blueprint, h.shape[0], params), x)
-    return blend(mode, h, s, x, alpha, gate)
-
-
 def _branches(blueprint):
-    """Forward and backward of a slot on all tiles, for `seed_bank.differentiable_switch`."""
+    """A slot with a seed of a known blueprint on all tiles: forward, forward that keeps the seeds' stems, backward, for
+    `seed_bank.differentiable_switch`."""
+
+    def stem_of(isolate, params, h):
+        x = jnp.where(isolate, lax.stop_gradient(h), h)
+        return blueprint.stem_of(seed_bank.unpack(blueprint, h.shape[0], params), x)
+
+    def blended(mode, alpha, isolate, params, gate, h, stem):
+        x = jnp.where(isolate, lax.stop_gradient(h), h)
+        s = blueprint.after_stem(seed_bank.unpack(blueprint, h.shape[0], params), x, stem)
+        return blend(mode, h, s, x, alpha, gate)
 
     def forward(mode, alpha, isolate, params, gate, tiles):
-        one = lambda h: _seed_and_blend(blueprint, mode, alpha, isolate, params, gate, h)
+        one = lambda h: blended(mode, alpha, isolate, params, gate, h, stem_of(isolate, params, h))
         # straight-through has the value h, so the seed need not run
         return lax.cond(mode == STRAIGHT_THROUGH, lambda: tiles, lambda: lax.map(one, tiles))
 
-    def backward(cotangent, mode, alpha, isolate, params, gate, tiles):
+    def keeping(mode, alpha, isolate, params, gate, tiles):
+        stems = lax.map(lambda h: stem_of(isolate, params, h), tiles)
+        one = lambda tile: blended(mode, alpha, isolate, params, gate, *tile)
+        return lax.cond(mode == STRAIGHT_THROUGH, lambda: tiles, lambda: lax.map(one, (tiles, stems))), stems
+
+    def backward(cotangent, stems, mode, alpha, isolate, params, gate, tiles):
         def one(sums, tile):
-            h, g = tile
-            fun = lambda p, q, h: _seed_and_blend(blueprint, mode, alpha, isolate, p, q, h)
-            d_params, d_gate, d_h = jax.vjp(fun, params, gate, h)[1](g)
-            return (sums[0] + d_params, sums[1] + d_gate), d_h
+            h, stem, g = tile
+            _, pull = jax.vjp(lambda *given: blended(mode, alpha, isolate, *given), params, gate, h, stem)
+            d_params, d_gate, d_h, d_stem = pull(g)
+            _, pull_stem = jax.vjp(lambda p, h: stem_of(isolate, p, h), params, h)
+            d_params_stem, d_h_stem = pull_stem(d_stem)
+            return (sums[0] + d_params + d_params_stem, sums[1] + d_gate), d_h + d_h_stem
 
         zeros = (jnp.zeros_like(params), jnp.zeros_like(gate))
-        (d_params, d_gate), d_tiles = lax.scan(one, zeros, (tiles, cotangent))
+        (d_params, d_gate), d_tiles = lax.scan(one, zeros, (tiles, stems, cotangent))
         return d_params, d_gate, d_tiles
 
-    return forward, backward
+    return forward, keeping, backward
 
 
 @cache
 def _slot_switch(kinds: tuple[blueprints.Blueprint, ...]):
     """The differentiable switch over "no seed" (in place of noop) and the other kinds."""
     forward = [lambda mode, alpha, isolate, params, gate, tiles: tiles]
-    backward = [lambda g, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)]
+    keeping = [lambda mode, alpha, isolate, params, gate, tiles: (tiles, jnp.zeros_like(tiles))]
+    backward = [
+        lambda g, stems, mode, alpha, isolate, params, gate, tiles: (jnp.zeros_like(params), jnp.zeros_like(gate), g)
+    ]
     for blueprint in kinds[1:]:
-        one_forward, one_backward = _branches(blueprint)
-        forward.append(one_forward)
-        backward.append(one_backward)
-    return seed_bank.differentiable_switch(forward, backward, fixed=3)
+        for branches, branch in zip((forward, keeping, backward), _branches(blueprint), strict=True):
+            branches.append(branch)
+    return seed_bank.differentiable_switch(forward, keeping, backward, fixed=3)
 
 
 def apply_slot(control: Controls, seed: SeedVars, tiles: Array) -> Array:

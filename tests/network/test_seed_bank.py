@@ -81,8 +81,12 @@ def test_tensor_ids(kind):
 
 BRANCHES = [lambda a, x: x, lambda a, x: a * jnp.sin(x), lambda a, x: x * x + a, lambda a, x: x / (1 + a * a)]
 ours = seed_bank.switch(BRANCHES)
+# the backward pass reads x among what was kept, not among the operands
 differentiable = seed_bank.differentiable_switch(
-    BRANCHES, [lambda g, *args, branch=branch: jax.vjp(branch, *args)[1](g) for branch in BRANCHES], fixed=0
+    BRANCHES,
+    [lambda a, x, branch=branch: (branch(a, x), x) for branch in BRANCHES],
+    [lambda g, x, a, _, branch=branch: jax.vjp(branch, a, x)[1](g) for branch in BRANCHES],
+    fixed=0,
 )
 library = lambda index, *args: lax.switch(index, BRANCHES, *args)
 

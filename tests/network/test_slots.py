@@ -13,7 +13,7 @@ from esper_jax.types import BLUEPRINTS, AlphaAlgorithm, Stage
 
 WIDTH, NAME, NAMES = 8, "conv_light", ("conv_light",)
 SHAPE = (2, WIDTH, 5, 3, 4)  # two tiles of four images
-FORWARD = blueprints.CNN[NAME].forward
+CONV_LIGHT = blueprints.CNN[NAME]
 
 
 def normal(seed, *shape):
@@ -48,7 +48,8 @@ def pieces():
 
     def run(h, ds, dgate):
         def seed(params, h):
-            return jax.vmap(lambda tile: FORWARD(seed_bank.unpack(blueprints.CNN[NAME], WIDTH, params), tile))(h)
+            unpacked = seed_bank.unpack(CONV_LIGHT, WIDTH, params)
+            return jax.vmap(lambda tile: CONV_LIGHT.after_stem(unpacked, tile, CONV_LIGHT.stem_of(unpacked, tile)))(h)
 
         def gate(gate, h):
             return jax.vmap(lambda tile: slots.gate_value(gate, tile))(h)
