@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -29,12 +31,12 @@ from esper_jax import (
     make_train,
     presets,
     provenance,
-    report,
     telemetry,
 )
 from esper_jax.console import Console, round_note, text_table
 from esper_jax.control import baselines
 from esper_jax.network import cnn
+from esper_jax.startup_cache import StartupCache, cache_folder
 from esper_jax.train import RunState, Train, default_controllers
 
 PROGRAM = "python -m experiments.cifar"
@@ -74,9 +76,10 @@ class Job(NamedTuple):
     cfg: Config
     out: Path
     console: Console
+    cache: StartupCache
     train: Train
     key: jax.Array
-    run: RunState
+    run: RunState | None  # None before the first round
     meta: dict  # what a checkpoint has to agree with
     card: dict  # run.json
 
@@ -119,6 +122,8 @@ def prepare(options: Options, argv: list[str]) -> Job:
     out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
     if not options.resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
+    if not options.resume and cfg.data.data_dir and not Path(cfg.data.data_dir).expanduser().is_dir():
+        raise ValueError(f"--data-dir {cfg.data.data_dir}: must be a folder that exists and holds the CIFAR-10 files")
     rules = default_controllers(cfg)
     script = json.loads((out / "run.json").read_text()).get("script") if options.resume else None
     script = options.script.read_text() if options.script else script
@@ -127,8 +132,11 @@ def prepare(options: Options, argv: list[str]) -> Job:
     header(console, options, cfg, out, controllers=len(rules) + 1)
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
+    if options.preset == "full" and jax.default_backend() == "cpu":
+        warn("PRESET full IS MADE FOR A GPU, AND THIS IS A CPU: --preset quick takes minutes, this may take weeks")
+    cache = StartupCache(cache_folder(), console.say)
     with console.step("data", cfg.data.name) as said:
-        dataset = data.load(cfg.data, announce=warn)
+        dataset = load_data(cfg, cache, warn)
         card = provenance.run_card(cfg, dataset)
         images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
         said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
@@ -139,16 +147,16 @@ def prepare(options: Options, argv: list[str]) -> Job:
         seen = jax.eval_shape(lambda: env.observe(env.init(key)))
         jax.eval_shape(rules["script"].act, key, rules["script"].init(key), seen)
     train = make_train(cfg, dataset, rules)
-    with console.step("init", "policy"):
-        run = jax.block_until_ready(train.init(key))
 
     meta = {"config": provenance.computed(cfg), "data": dataset.identity}
+    run = None
     if options.resume and checkpoint.steps(out / "checkpoints"):
-        run, done = checkpoint.restore(out / "checkpoints", run, meta)
+        template = compilation.run_template(train, cfg, key)
+        run, done = checkpoint.restore(out / "checkpoints", template, meta)
         if done > cfg.rounds:
             raise ValueError(f"--rounds = {cfg.rounds}: {out} has done {done} rounds already")
     if options.resume:
-        console.facts({"resume": f"after round {int(run.round)}"})
+        console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
     card = {
         "status": "running",
         "command": " ".join([PROGRAM, *argv]),
@@ -160,7 +168,29 @@ def prepare(options: Options, argv: list[str]) -> Job:
     }
     out.mkdir(parents=True, exist_ok=True)
     telemetry.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, train, key, run, meta, card)
+    return Job(options, cfg, out, console, cache, train, key, run, meta, card)
+
+
+def load_data(cfg: Config, cache: StartupCache, warn: Callable[[str], None]) -> data.Dataset:
+    """The data set. The synthetic one takes seconds to draw and follows from the source, so it is kept."""
+    if cfg.data.name != "shapes":
+        return data.load(cfg.data, announce=warn)
+    facts = {"source": compilation.source(), "versions": provenance.versions(), "data": asdict(cfg.data)}
+    drawn = cache.get("shapes", facts)
+    if drawn is None:
+        drawn = jax.device_get(data.load(cfg.data, announce=warn))
+        cache.put("shapes", facts, drawn)
+    return jax.tree.map(jnp.asarray, drawn)
+
+
+def start(job: Job) -> Job:
+    """The job with its programs compiled and a run to go on with."""
+    with job.console.step("compile", "start, rollout, learn, report") as said:
+        note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
+        cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
+        # every rule is of this package, except for a script
+        train = compilation.compile_ahead(job.train, cfg, job.key, note, job.cache, job.card["script"])
+    return job._replace(train=train, run=train.init(job.key) if job.run is None else job.run)
 
 
 def header(console: Console, options: Options, cfg: Config, out: Path, controllers: int) -> None:
@@ -189,9 +219,9 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
             run, metrics = job.train.update(job.key, run)
             arrays = telemetry.round_arrays(metrics)
             log.write(number, arrays)
+            advance(round_note(arrays))
             if every and ((number + 1) % every == 0 or number + 1 == rounds):
                 checkpoint.save(folder, number + 1, run, job.meta)
-            advance(round_note(arrays))
     return run, log.stacked()
 
 
@@ -206,7 +236,7 @@ def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
     """The files of a finished run, and the result on the screen."""
-    from esper_jax import plots  # matplotlib is slow to import, and the first lines should be quick
+    from esper_jax import plots, report  # matplotlib and scipy are slow to import, and the first lines should be quick
 
     out, console, name = job.out, job.console, job.card["data"]["name"]
     with console.step("files", str(out)):
@@ -233,17 +263,19 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
-    compilation.use_cache(compilation.cache_folder())
+    # programs are kept in a quicker way, and one that came out of JAX's own cache cannot be kept again
+    jax.config.update("jax_enable_compilation_cache", False)
+    # names of source lines in every instruction would double what has to be loaded
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    # the policy's start has only small matrices, for which LAPACK's threads would rather wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         job = prepare(parse(argv), argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with job.console.step("compile", "rollout, learner, report") as said:
-            note = lambda name, seconds: said.append(f"{name} {seconds:.0f} s")
-            rounds_left = job.cfg.rounds - int(job.run.round)
-            compilation.compile_ahead(job.train, job.cfg.replace(rounds=rounds_left), job.key, job.run, note)
+        job = start(job)
         run, rounds = learn(job)
         publish(job, rounds | compare(job, run))
     except KeyboardInterrupt:
