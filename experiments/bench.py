@@ -153,6 +153,7 @@ class Size:
     slot_counts: tuple[int, ...]  # S of the evaluation table
     matrix: int  # side of the measured matrix product
     copied: int  # elements of the measured copy
+    learning: Config  # whose final accuracies two precisions are compared by
     repeats: int
     seconds: float  # a comparison that takes longer stops after LEAST_RUNS runs
 

@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
     # programs are kept in a quicker way, and one that came out of JAX's own cache cannot be kept again
     jax.config.update("jax_enable_compilation_cache", False)
-    # names of source lines in every instruction would double what has to be loaded
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    # the call stack of every instruction is a fifth of a kept program
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
     # the policy's start has only small matrices, for which LAPACK's threads would rather wait for each other
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:

@@ -1,4 +1,4 @@
-"""How fast it is: six tables of measured numbers, each the median of repeated runs after a warm-up.
+"""How fast it is: tables of measured numbers, each the median of repeated runs after a warm-up.
 
     python -m experiments.throughput [--preset cpu|gpu] [--out FILE.json] [--tables growth evaluation ...] [--repeats N]
 
@@ -8,11 +8,12 @@
     learner      everything that is not host training or evaluation, as a share of a round; host I/O
     roofline     FLOPs and bytes counted from the layers against a measured matrix product and copy
     incumbent    the same host in a plain PyTorch loop, where torch is installed
+    precision    what hosts learn in bfloat16, minus what the same hosts learn in float32
 
 What is compared runs alternately (A B A B ...) and a ratio is taken within each pair, so that a machine that slows
 down slows both. `spread` is the distance between the quartiles, `n` the number of runs. Images and labels are random
-numbers: nothing here depends on what they show. Everything runs through the functions of the product; the bare host
-is a model without slots.
+numbers, since nothing here depends on what they show; but for `precision`, which takes the synthetic shapes. Everything
+runs through the functions of the product; the bare host is a model without slots.
 
 Axis letters: E environments, S slots, K on/off configurations, B images of a batch, T epochs of an episode.
 """
@@ -42,13 +43,14 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from esper_jax import checkpoint, data, devices, make_train, presets, telemetry
+from esper_jax import checkpoint, compilation, data, devices, make_train, presets, telemetry
 from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
 from esper_jax.devices import EACH, SAME
 from esper_jax.env import attribution, evaluation, observation, reward, training
 from esper_jax.lifecycle import masks
 from esper_jax.network import cnn, layers, morphogenetic
-from esper_jax.train import Metrics, over_environments
+from esper_jax.statistics import mean_interval
+from esper_jax.train import Metrics, default_controllers, over_environments
 from experiments import roofline
 from experiments.bench import (
     CLASSES,
@@ -74,30 +76,43 @@ from experiments.bench import (
 PAUSE = 0.3  # seconds after another process has worked, for its threads to go to sleep
 
 
+_TINY = Config(
+    host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2),
+    data=DataConfig(validation_size=24),
+    training=TrainingConfig(epochs=3, batches_per_epoch=2, batch_size=8, tile_pixels=256),
+    lifecycle=LifecycleConfig(blueprints=("norm", "conv_light")),
+    ppo=PPOConfig(hidden_size=8, minibatches=1),
+    n_envs=4,
+    report_envs=4,
+)
+
+
+def _learning(cfg: Config, **changes) -> Config:
+    """The shapes, 32 paired environments."""
+    data_cfg = dataclasses.replace(changes.pop("data", cfg.data), name="shapes")
+    return cfg.replace(report_envs=32, env_chunk=min(cfg.env_chunk, 32), data=data_cfg, **changes)
+
+
 SIZES = {
     "cpu": Size(
         cfg=Config(data=DataConfig(), n_envs=8, report_envs=8), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64), largest_epoch=4, chunks=(1, 4), images_per_run=16_384,
         growth_envs=4, growth_batches=6, evaluation_envs=2, slot_counts=(1, 2, 3, 4),
-        matrix=1024, copied=2**25, repeats=7, seconds=20,
+        matrix=1024, copied=2**25, learning=_learning(presets.get("smoke")), repeats=7, seconds=20,
     ),
     "gpu": Size(
         cfg=presets.get("full").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64, 256, 1024), largest_epoch=1024, chunks=(16, 64, 256), images_per_run=2**21,
         growth_envs=64, growth_batches=24, evaluation_envs=8, slot_counts=(1, 2, 3, 4),
-        matrix=8192, copied=2**28, repeats=7, seconds=30,
+        matrix=8192, copied=2**28, learning=_learning(presets.get("full")), repeats=7, seconds=30,
     ),
     # a minute for the tests: its numbers mean nothing
     "tiny": Size(
-        cfg=Config(
-            host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2), data=DataConfig(validation_size=24),
-            training=TrainingConfig(epochs=3, batches_per_epoch=2, batch_size=8, tile_pixels=256),
-            lifecycle=LifecycleConfig(blueprints=("norm", "conv_light")), ppo=PPOConfig(hidden_size=8, minibatches=1),
-            n_envs=4, report_envs=4,
-        ),
+        cfg=_TINY,
         image_size=8, train_images=64, populations=(1, 4), largest_epoch=4, chunks=(1,), images_per_run=64,
         growth_envs=4, growth_batches=2, evaluation_envs=2, slot_counts=(1, 2),
-        matrix=64, copied=1024, repeats=1, seconds=1,
+        matrix=64, copied=1024, learning=_learning(_TINY, data=DataConfig(image_size=8, train_limit=64, test_limit=64)),
+        repeats=1, seconds=1,
     ),
 }  # fmt: skip
 
@@ -392,6 +407,22 @@ def roofline_table(bench: Bench) -> Iterator[Row]:
     yield emit("train_memory_roofline_images_per_s", memory_bound, "images/s")
 
 
+def precision_table(bench: Bench) -> Iterator[Row]:
+    """Learning in bfloat16: report-test accuracy minus that of the same environments in float32."""
+    emit = functools.partial(row, "precision")
+    accuracy = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = compilation.spread(bench.size.learning.replace(**{"training.compute_dtype": dtype}))
+        train = make_train(cfg, controllers={"eager": default_controllers(cfg)["eager"]})
+        key = jax.random.key(cfg.seed)
+        accuracy[dtype] = np.asarray(train.compare(key, train.init(key), "eager").test.accuracy, float)
+        yield emit(f"{dtype}_accuracy", accuracy[dtype], f"% on shapes, eager growth, {cfg.training.epochs} epochs")
+    difference = mean_interval(accuracy["bfloat16"] - accuracy["float32"])
+    unit = "points, mean; spread: half of the 95 % interval"
+    half = difference.high - difference.mean
+    yield Row("precision", "bfloat16_minus_float32", difference.mean, unit, len(accuracy["float32"]), half)
+
+
 def incumbent_table(bench: Bench) -> Iterator[Row]:
     """The same work in an eager PyTorch loop; a ratio above 1 means that this project is faster."""
     if importlib.util.find_spec("torch") is None:
@@ -502,6 +533,7 @@ TABLES = {
     "learner": learner_table,
     "roofline": roofline_table,
     "incumbent": incumbent_table,
+    "precision": precision_table,
 }
 
 
@@ -531,7 +563,9 @@ def show(console: Console, title: str, rows: Iterable[Row]) -> list[Row]:
 def main(
     preset: Literal["cpu", "gpu", "tiny"] | None = None,
     out: Path | None = None,
-    tables: tuple[Literal["population", "growth", "evaluation", "learner", "roofline", "incumbent"], ...] = (),
+    tables: tuple[
+        Literal["population", "growth", "evaluation", "learner", "roofline", "incumbent", "precision"], ...
+    ] = (),
     repeats: int | None = None,
 ) -> None:
     """Measures how fast this machine trains and evaluates populations of hosts.
