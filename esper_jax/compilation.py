@@ -1,42 +1,31 @@
 """Devices and programs of a run, before it starts: compiled at the same time, so that the wait has a name and is short.
 
-Compiled programs are kept in the user's cache directory, so a second start finds them there.
+Tracing, lowering and compiling take most of a short run, so compiled programs can be kept (`StartupCache`): a second
+start neither traces nor compiles. A kept program is found by the facts that decide it, and by nothing less.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding
 
-from esper_jax import devices
+from esper_jax import devices, provenance
 from esper_jax.config import Config
-from esper_jax.train import RunState, Train
-
-# Programs that compile faster than this are not worth a file.
-LEAST_SECONDS = 0.3
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept: private to the user, since who can write there can run code as them."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "esper_jax" / "xla"
-
-
-def use_cache(folder: Path) -> None:
-    """Turns the persistent compilation cache on, before anything is compiled; off where there is no place for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+from esper_jax.network.blueprints import CNN
+from esper_jax.startup_cache import StartupCache
+from esper_jax.train import Train, bind
 
 
 def spread(cfg: Config) -> Config:
@@ -51,35 +40,158 @@ def spread(cfg: Config) -> Config:
     return cfg if cfg.devices else cfg.replace(devices=most)
 
 
-def compile_ahead(
-    train: Train, cfg: Config, key: jax.Array, run: RunState, done: Callable[[str, float], None] = lambda *_: None
-) -> None:
-    """Compiles what `train.update` and `train.compare` will call, each program in its own thread.
+def source(root: Path = Path(__file__).parent) -> str:
+    """SHA-256 of every source file in a folder, by default of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
-    JAX keeps the programs and finds them again when it is called with arguments of the same shapes and placement.
-    `done(name, seconds)` is called when a program is ready.
+
+def processor() -> list[str]:
+    """What tells processors apart that need other machine code; the computer's name where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = ("model name", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
+    facts = sorted({line for line in lines if line.split(":")[0].strip() in named})
+    return [platform.machine(), str(os.cpu_count()), *(facts or [platform.processor(), platform.node()])]
+
+
+def program_facts(train: Train, cfg: Config, controllers: Any) -> dict[str, Any]:
+    """Everything that decides the programs of a run, as JSON.
+
+    Args:
+      controllers: what stands for the source of the rules of `train`, beside the source of this package: JSON.
+    """
+    leaves, structure = jax.tree.flatten(train.dataset)
+    client = jax.devices()[0].client
+    flags = sorted((name, value) for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_", "LIBTPU_")))
+    return {
+        "source": source(),
+        "versions": provenance.versions(),
+        "config": provenance.computed(cfg),
+        "devices": cfg.devices,
+        "controllers": [list(train.controllers), controllers],
+        "blueprints": list(CNN),
+        # shapes and placement, and what the data set holds besides arrays: moments, classes, augmentation
+        "data": [str(structure), [[str(jax.typeof(leaf)), str(leaf.sharding)] for leaf in leaves]],
+        "backend": [client.platform, client.platform_version, [str(device) for device in jax.devices()]],
+        "kinds": [device.device_kind for device in jax.devices()],
+        "processor": processor(),
+        "flags": [flags, sorted((name, str(value)) for name, value in jax.config.values.items())],
+    }
+
+
+def run_template(train: Train, cfg: Config, key: jax.Array) -> Any:
+    """Shapes and placement of a run's state, without computing it."""
+    return _placed(jax.eval_shape(train.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.SAME))
+
+
+def compile_ahead(
+    train: Train,
+    cfg: Config,
+    key: jax.Array,
+    done: Callable[[str, float], None] = lambda *_: None,
+    cache: StartupCache | None = None,
+    controllers: Any = None,
+) -> Train:
+    """The same run with its programs compiled, each in its own thread.
+
+    Args:
+      done: called as `done(name, seconds)` when a program is ready.
+      cache: where programs are looked for, and kept. Only for who knows where all rules of `train` come from.
+      controllers: what stands for their source, see `program_facts`.
     """
     mesh = devices.make_mesh(cfg.devices)
-    key, number = devices.replicate(key, mesh), jnp.int32(0)
-    split_over_devices = NamedSharding(mesh, devices.EACH)
-
-    def place(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split_over_devices, weak_type=leaf.weak_type)
-
-    def episodes(envs: int):
-        arguments = train.dataset, run, key, number, jnp.arange(envs)
-        return train.rollout.lower(*arguments), jax.tree.map(place, jax.eval_shape(train.rollout, *arguments))
-
+    on_each, split_over_devices = NamedSharding(mesh, devices.SAME), NamedSharding(mesh, devices.EACH)
+    facts = program_facts(train, cfg, controllers) if cache else None
+    replicated_key, number = devices.replicate(key, mesh), jnp.int32(0)
     started = time.perf_counter()
-    comparison, (_, states) = episodes(cfg.report_envs)
-    programs = {"comparison": comparison, "report": train.report.lower(train.dataset, states)}
+
+    def episodes(envs: int) -> tuple:
+        return train.dataset, run_template(train, cfg, key), replicated_key, number, jnp.arange(envs)
+
+    def results(envs: int) -> tuple:
+        return _placed(jax.eval_shape(train.rollout, *episodes(envs)), split_over_devices)
+
+    rollout, comparison, report = f"rollout-{cfg.n_envs}", f"rollout-{cfg.report_envs}", f"report-{cfg.report_envs}"
+    lower = {  # in the order in which a run needs them
+        "start": lambda: train.start.lower(key),
+        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run_template(train, cfg, key).round),
+    }
     if cfg.rounds:
-        programs["rollout"], (rows, _) = episodes(cfg.n_envs)
-        programs["learner"] = train.learn.lower(key, run, rows)
-        if cfg.n_envs == cfg.report_envs:
-            del programs["comparison"]  # the same program
-    with ThreadPoolExecutor(len(programs)) as pool:
-        waiting = {pool.submit(program.compile): name for name, program in programs.items()}
-        for future in as_completed(waiting):
-            future.result()
-            done(waiting[future], time.perf_counter() - started)
+        lower[rollout] = lambda: train.rollout.lower(*episodes(cfg.n_envs))
+        lower["learn"] = lambda: train.learn.lower(
+            replicated_key, run_template(train, cfg, key), results(cfg.n_envs)[0]
+        )
+    lower[comparison] = lambda: train.rollout.lower(*episodes(cfg.report_envs))
+    lower[report] = lambda: train.report.lower(train.dataset, results(cfg.report_envs)[1])
+
+    turn = threading.Lock()  # loading and tracing are no faster at the same time, and the first program is needed first
+
+    def program(name: str) -> Callable:
+        with turn:
+            compiled = _load(cache, name, facts, mesh) if cache else None
+            lowered = None if compiled else lower[name]()
+        if lowered:
+            compiled = lowered.compile()
+            if cache:
+                _keep(cache, name, facts, compiled)
+        done(name, time.perf_counter() - started)
+        return compiled
+
+    pool = ThreadPoolExecutor(len(lower) + 1)
+    programs = {name: pool.submit(program, name) for name in lower}
+    prepared = pool.submit(_prepare_lapack)
+    pool.shutdown(wait=False)
+    prepared.result()
+    for name, loading in programs.items():
+        # what is only to be loaded and not needed yet can come while the first episodes are computed
+        if name in ("start", "keys", rollout) or not cfg.rounds or not (cache and cache.has(name, facts)):
+            loading.result()
+
+    def call(name: str) -> Callable:
+        return lambda *args: programs[name].result()(*args)
+
+    return bind(
+        cfg, train.dataset, train.controllers, rollout=lambda *args: call(f"rollout-{len(args[-1])}")(*args),
+        learn=call("learn"), report=call(report), start=call("start"), keys=call("keys"),
+    )  # fmt: skip
+
+
+def _prepare_lapack() -> None:
+    """JAX tells XLA where LAPACK's routines are when it lowers a program that calls them (the policy's orthogonal start
+    does). A program from the cache was never lowered here: without this it would call a null pointer."""
+    jax.jit(jnp.linalg.qr).lower(jax.ShapeDtypeStruct((1, 1), jnp.float32))
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
+
+    return jax.tree.map(place, tree)
+
+
+def _keep(cache: StartupCache, name: str, facts: dict[str, Any], compiled: jax.stages.Compiled) -> None:
+    """Puts a program into the cache, before its first run: after it XLA cannot serialise it any more."""
+    try:
+        cache.put(name, facts, serialize_executable.serialize(compiled))
+    except Exception as error:  # of many kinds, from the compiler's own library
+        cache.say(f"{name} is not kept for the next start: {type(error).__name__}: {error}".split("\n")[0])
+
+
+def _load(cache: StartupCache, name: str, facts: dict[str, Any], mesh: Mesh) -> Callable | None:
+    """A program from the cache; None if it has none that can be used."""
+    kept = cache.get(name, facts)
+    if kept is None:
+        return None
+    # the first program runs on the default device, before its results go to all
+    where = jax.devices()[:1] if name == "start" else list(mesh.devices.flat)
+    try:
+        return serialize_executable.deserialize_and_load(*kept, execution_devices=where)
+    except Exception as error:  # of many kinds, from the compiler's own library
+        cache.refuse(name, facts, error)
+        return None

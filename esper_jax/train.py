@@ -97,6 +97,8 @@ class Train(NamedTuple):
     rollout: Callable  # (dataset, RunState, key, controller number, environment numbers) -> (Rollout, EnvState)
     learn: Callable  # (key, RunState, Rollout) -> (RunState, metrics)
     report: Callable  # (dataset, EnvState) -> Evaluation
+    start: Callable  # key -> RunState, not yet on every device
+    keys: Callable  # (key, round number) -> keys of its rollout and of its update
 
 
 def default_controllers(cfg: Config) -> dict[str, Controller]:
@@ -225,20 +227,44 @@ def make_train(
     def report(dataset, states, axis_name):
         return over_environments(make_env(cfg, dataset).report, states, cfg.env_chunk)
 
+    def start(key):
+        learner = ppo.init_learner(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
+        return strong(RunState(jnp.int32(0), learner, normalizers.init(n_features), normalizers.init(1)))
+
+    def keys(key, number):
+        round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number)
+        return tuple(jax.random.split(round_key))
+
     rollout = devices.over_devices(rollout, mesh, (SAME, SAME, SAME, SAME, EACH), EACH)
     learn = devices.over_devices(learn, mesh, (SAME, SAME, EACH), SAME)
     report = devices.over_devices(report, mesh, (SAME, EACH), EACH)
+    return bind(cfg, dataset, names, rollout=rollout, learn=learn, report=report, start=jax.jit(start), keys=keys)
+
+
+def bind(
+    cfg: Config,
+    dataset: data.Dataset,
+    names: tuple[str, ...],
+    *,
+    rollout: Callable,
+    learn: Callable,
+    report: Callable,
+    start: Callable,
+    keys: Callable,
+) -> Train:
+    """What users call, on top of the programs of a run: functions of `make_train`, or what was compiled from them.
+
+    Args:
+      names: of the controllers, in the order of their numbers.
+      rollout, learn, report, start, keys: see `Train`.
+    """
+    mesh = devices.make_mesh(cfg.devices)
 
     def init(key: Array) -> RunState:
-        # one program instead of a hundred small ones
-        start = jax.jit(ppo.init_learner, static_argnums=(1, 2, 3))
-        learner = start(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
-        run = RunState(jnp.int32(0), learner, normalizers.init(n_features), normalizers.init(1))
-        return devices.replicate(strong(run), mesh)
+        return devices.replicate(start(key), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
-        round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), run.round)
-        env_key, learn_key = jax.random.split(round_key)
+        env_key, learn_key = keys(key, run.round)
         number = jnp.int32(names.index(POLICY))
         rows, _ = rollout(dataset, run, devices.replicate(env_key, mesh), number, jnp.arange(cfg.n_envs))
         run, metrics = learn(learn_key, run, rows)
@@ -254,4 +280,4 @@ def make_train(
         test = report(dataset, states)
         return Comparison(rows, test, states.germinated, states.fossilised, states.pruned, states.rollbacks)
 
-    return Train(init, update, compare, names, dataset, rollout, learn, report)
+    return Train(init, update, compare, names, dataset, rollout, learn, report, start, keys)

@@ -52,8 +52,9 @@ def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
     meta = {"config": provenance.computed(cfg), "data": "tiny"}
     options = cifar.Options("smoke", config=cfg)
     return cifar.Job(
-        options, cfg, out, Console(file=io.StringIO()), tiny_run.train(), tiny_run.KEY(), start, meta, card
-    )
+        options, cfg, out, Console(file=io.StringIO()), tiny_run.cache(), tiny_run.result().train, tiny_run.KEY(),
+        start, meta, card,
+    )  # fmt: skip
 
 
 def test_compiling_ahead_compiles_everything():
@@ -165,6 +166,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         (["--data", "digits", "--training.batch-size", "5000"], "batch_size = 5000: must be at most"),
         (["--data", "digits", "--script", "{script}"], "slot = 7: must be 0 to 1"),
         (["--out", "{folder}"], "is not empty"),
+        (["--data-dir", "{folder}/nowhere"], "nowhere: must be a folder that exists"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(tmp_path, options, said):
@@ -179,6 +181,14 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, options, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_full_on_a_cpu_is_loud(tmp_path):
+    script = tmp_path / "script.txt"
+    script.write_text("0: germinate slot=7 blueprint=conv_light\n")  # stops it before anything is compiled
+    options = ("--preset", "full", "--data", "digits", "--quiet", "--script", script, "--out", tmp_path / "out")
+    code, out, _ = run(*options)
+    assert code == 2 and "PRESET full IS MADE FOR A GPU" in out
+
+
 def test_devices_share_environments_evenly():
     assert jax.device_count() == 4
     cfg = presets.get("smoke").replace(n_envs=8, report_envs=8, env_chunk=1, **{"ppo.minibatches": 2})
@@ -187,13 +197,6 @@ def test_devices_share_environments_evenly():
     assert compilation.spread(cfg.replace(n_envs=6)).devices == 1
     assert compilation.spread(cfg.replace(env_chunk=4)).devices == 2
     assert compilation.spread(cfg.replace(devices=3)).devices == 3
-
-
-def test_programs_are_kept_where_the_user_says(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert compilation.cache_folder() == Path("/somewhere/esper_jax/xla")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert compilation.cache_folder() == Path.home() / ".cache/esper_jax/xla"
 
 
 @pytest.mark.slow

@@ -3,8 +3,12 @@
 Compiled without optimisation, which takes a fraction of the time.
 """
 
+import atexit
 import contextlib
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +16,8 @@ import tiny
 
 from esper_jax import compilation, make_train, telemetry
 from esper_jax.control import baselines
+from esper_jax.startup_cache import StartupCache
+from esper_jax.train import Train
 
 CONFIG = tiny.CONFIG.replace(
     n_envs=2,
@@ -43,6 +49,14 @@ def train():
     return make_train(CONFIG, tiny.dataset(), rules)
 
 
+@functools.cache
+def cache():
+    """Where `result` leaves its programs."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return StartupCache(Path(folder))
+
+
 KEY = functools.cache(lambda: jax.random.key(0))
 
 
@@ -54,6 +68,7 @@ class Result(NamedTuple):
     metrics: dict  # arrays of the comparison
     ahead: list  # seconds of each program that was compiled before the first round
     later: list  # and since then
+    train: Train  # with its programs compiled
 
 
 @contextlib.contextmanager
@@ -73,13 +88,13 @@ def compilations():
 @functools.cache
 def result() -> Result:
     with unoptimised():
-        states, rounds = [train().init(KEY())], []
         with compilations() as ahead:
-            compilation.compile_ahead(train(), CONFIG, KEY(), states[0])
+            compiled = compilation.compile_ahead(train(), CONFIG, KEY(), cache=cache())
         with compilations() as later:
+            states, rounds = [compiled.init(KEY())], []
             for _ in range(CONFIG.rounds):
-                state, metrics = train().update(KEY(), states[-1])
+                state, metrics = compiled.update(KEY(), states[-1])
                 states.append(state)
                 rounds.append(telemetry.round_arrays(metrics))
-            arms = {name: train().compare(KEY(), states[-1], name) for name in ARMS}
-    return Result(states, rounds, telemetry.arm_arrays(arms), ahead, later)
+            arms = {name: compiled.compare(KEY(), states[-1], name) for name in ARMS}
+    return Result(states, rounds, telemetry.arm_arrays(arms), ahead, later, compiled)
