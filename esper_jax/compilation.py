@@ -25,7 +25,7 @@ from esper_jax import devices, provenance
 from esper_jax.config import Config
 from esper_jax.network.blueprints import CNN
 from esper_jax.startup_cache import StartupCache
-from esper_jax.train import Train, bind
+from esper_jax.train import RunState, Train, bind
 
 
 def spread(cfg: Config) -> Config:
@@ -90,6 +90,20 @@ def run_template(train: Train, cfg: Config, key: jax.Array) -> Any:
     return _placed(jax.eval_shape(train.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.SAME))
 
 
+def first_run(train: Train, cfg: Config, key: jax.Array, cache: StartupCache) -> RunState:
+    """`train.init(key)` of the run's own key, which follows from its seed, from the cache if it is there.
+
+    The state is kept and not its program, which calls LAPACK: JAX tells XLA where that is when it lowers such a program
+    and not when it loads one, which would then call a null pointer.
+    """
+    facts = program_facts(train, cfg, None)
+    run = cache.get("run", facts)
+    if run is None:
+        run = jax.device_get(train.init(key))
+        cache.put("run", facts, run)
+    return devices.replicate(run, devices.make_mesh(cfg.devices))
+
+
 def compile_ahead(
     train: Train,
     cfg: Config,
@@ -119,7 +133,6 @@ def compile_ahead(
 
     rollout, comparison, report = f"rollout-{cfg.n_envs}", f"rollout-{cfg.report_envs}", f"report-{cfg.report_envs}"
     lower = {  # in the order in which a run needs them
-        "start": lambda: train.start.lower(key),
         "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run_template(train, cfg, key).round),
     }
     if cfg.rounds:
@@ -143,14 +156,12 @@ def compile_ahead(
         done(name, time.perf_counter() - started)
         return compiled
 
-    pool = ThreadPoolExecutor(len(lower) + 1)
+    pool = ThreadPoolExecutor(len(lower))
     programs = {name: pool.submit(program, name) for name in lower}
-    prepared = pool.submit(_prepare_lapack)
     pool.shutdown(wait=False)
-    prepared.result()
     for name, loading in programs.items():
         # what is only to be loaded and not needed yet can come while the first episodes are computed
-        if name in ("start", "keys", rollout) or not cfg.rounds or not (cache and cache.has(name, facts)):
+        if name in ("keys", rollout) or not cfg.rounds or not (cache and cache.has(name, facts)):
             loading.result()
 
     def call(name: str) -> Callable:
@@ -158,14 +169,8 @@ def compile_ahead(
 
     return bind(
         cfg, train.dataset, train.controllers, rollout=lambda *args: call(f"rollout-{len(args[-1])}")(*args),
-        learn=call("learn"), report=call(report), start=call("start"), keys=call("keys"),
+        learn=call("learn"), report=call(report), keys=call("keys"), start=train.start,
     )  # fmt: skip
-
-
-def _prepare_lapack() -> None:
-    """JAX tells XLA where LAPACK's routines are when it lowers a program that calls them (the policy's orthogonal start
-    does). A program from the cache was never lowered here: without this it would call a null pointer."""
-    jax.jit(jnp.linalg.qr).lower(jax.ShapeDtypeStruct((1, 1), jnp.float32))
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:
@@ -188,10 +193,8 @@ def _load(cache: StartupCache, name: str, facts: dict[str, Any], mesh: Mesh) -> 
     kept = cache.get(name, facts)
     if kept is None:
         return None
-    # the first program runs on the default device, before its results go to all
-    where = jax.devices()[:1] if name == "start" else list(mesh.devices.flat)
     try:
-        return serialize_executable.deserialize_and_load(*kept, execution_devices=where)
+        return serialize_executable.deserialize_and_load(*kept, execution_devices=list(mesh.devices.flat))
     except Exception as error:  # of many kinds, from the compiler's own library
         cache.refuse(name, facts, error)
         return None

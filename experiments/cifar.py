@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -185,12 +186,15 @@ def load_data(cfg: Config, cache: StartupCache, warn: Callable[[str], None]) -> 
 
 def start(job: Job) -> Job:
     """The job with its programs compiled and a run to go on with."""
-    with job.console.step("compile", "start, rollout, learn, report") as said:
+    with job.console.step("compile", "rollout, learn, report") as said, ThreadPoolExecutor(1) as beside:
+        first = (
+            beside.submit(compilation.first_run, job.train, job.cfg, job.key, job.cache) if job.run is None else None
+        )
         note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
         cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
         # every rule is of this package, except for a script
         train = compilation.compile_ahead(job.train, cfg, job.key, note, job.cache, job.card["script"])
-    return job._replace(train=train, run=train.init(job.key) if job.run is None else job.run)
+    return job._replace(train=train, run=first.result() if first else job.run)
 
 
 def header(console: Console, options: Options, cfg: Config, out: Path, controllers: int) -> None:
@@ -267,8 +271,6 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     # the call stack of every instruction is a fifth of a kept program
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
-    # the policy's start has only small matrices, for which LAPACK's threads would rather wait for each other
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         job = prepare(parse(argv), argv)
     except (ValueError, OSError) as error:

@@ -34,9 +34,11 @@ def start(train, cache):
 
 def test_a_second_start_traces_nothing_and_gives_the_same_numbers():
     first, key = tiny_run.result(), tiny_run.KEY()
-    untraceable = tiny_run.train()._replace(rollout=None, learn=None, report=None, start=None, keys=None)
+    untraceable = tiny_run.train()._replace(rollout=None, learn=None, report=None, start=None, keys=None, init=None)
     again = start(untraceable, tiny_run.cache())
-    state = again.init(key)
+    with tiny_run.unoptimised():
+        compilation.first_run(tiny_run.train(), tiny_run.CONFIG, key, tiny_run.cache())
+        state = compilation.first_run(untraceable, tiny_run.CONFIG, key, tiny_run.cache())
     assert tiny.equal(state, first.states[0])
     for number in range(tiny_run.CONFIG.rounds):
         state, metrics = again.update(key, state)
@@ -53,14 +55,14 @@ def test_a_program_that_cannot_be_loaded_is_compiled_anew(said):
     cache = StartupCache(kept.folder, said.append)
     with tiny_run.unoptimised():
         facts = compilation.program_facts(tiny_run.train(), tiny_run.CONFIG, None)
-    assert cache.has("start", facts)
-    cache.put("start", facts, (b"no program", None, None))
-    fresh = make_train(tiny_run.CONFIG, tiny.dataset(), {})  # its own function, so that JAX does not know it yet
-    again = start(tiny_run.train()._replace(rollout=None, learn=None, report=None, start=fresh.start), cache)
-    assert len(said) == 1 and "start-" in said[0] and "made anew" in said[0]
-    assert tiny.equal(again.init(tiny_run.KEY()), first.states[0])
+    assert cache.has("keys", facts)
+    cache.put("keys", facts, (b"no program", None, None))
+    untraceable = tiny_run.train()._replace(rollout=None, learn=None, report=None)
+    again = start(untraceable, cache)
+    assert len(said) == 1 and "keys-" in said[0] and "made anew" in said[0]
+    assert tiny.equal(again.update(tiny_run.KEY(), first.states[0])[0], first.states[1])
     said.clear()
-    start(tiny_run.train()._replace(rollout=None, learn=None, report=None, start=None), cache)
+    start(untraceable._replace(keys=None), cache)
     assert not said, "it was replaced"
 
 
