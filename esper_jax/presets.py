@@ -29,9 +29,9 @@ HOSTS = {
 PRESETS = {
     "smoke": Config(
         data=DataConfig(image_size=8, train_limit=2048, validation_size=256, test_limit=512),
-        training=TrainingConfig(epochs=16, batches_per_epoch=16, batch_size=64),
+        training=TrainingConfig(epochs=16, batches_per_epoch=12, batch_size=64),
         # fewer kinds of seeds compile faster
-        lifecycle=LifecycleConfig(blueprints=("conv_light", "attention", "norm", "conv_heavy")),
+        lifecycle=LifecycleConfig(blueprints=("conv_light", "attention", "norm")),
         ppo=PPOConfig(anneal_rounds=2),
         n_envs=8,
         rounds=2,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -260,13 +261,16 @@ def bind(
     """
     mesh = devices.make_mesh(cfg.devices)
 
+    def env_ids(n: int) -> np.ndarray:
+        return np.arange(n, dtype=np.int32)  # not of JAX, which would compile a program to fill it and one to split it
+
     def init(key: Array) -> RunState:
         return devices.replicate(start(key), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
         env_key, learn_key = keys(key, run.round)
         number = jnp.int32(names.index(POLICY))
-        rows, _ = rollout(dataset, run, devices.replicate(env_key, mesh), number, jnp.arange(cfg.n_envs))
+        rows, _ = rollout(dataset, run, devices.replicate(env_key, mesh), number, env_ids(cfg.n_envs))
         run, metrics = learn(learn_key, run, rows)
         return run, Metrics(rows, metrics)
 
@@ -276,7 +280,7 @@ def bind(
         # placed like the key of a round, or the rollout would be compiled a second time
         env_key = devices.replicate(jax.random.fold_in(key, COMPARE_STREAM), mesh)
         number = jnp.int32(names.index(controller))
-        rows, states = rollout(dataset, run, env_key, number, jnp.arange(cfg.report_envs))
+        rows, states = rollout(dataset, run, env_key, number, env_ids(cfg.report_envs))
         test = report(dataset, states)
         return Comparison(rows, test, states.germinated, states.fossilised, states.pruned, states.rollbacks)
 

@@ -181,7 +181,7 @@ def load_data(cfg: Config, cache: StartupCache, warn: Callable[[str], None]) -> 
     if drawn is None:
         drawn = jax.device_get(data.load(cfg.data, announce=warn))
         cache.put("shapes", facts, drawn)
-    return jax.tree.map(jnp.asarray, drawn)
+    return jax.device_put(drawn)
 
 
 def start(job: Job) -> Job:

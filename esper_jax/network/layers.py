@@ -142,7 +142,9 @@ def _by_blocks(x: Array, kernel: Array) -> Array:
     padded = _pad_image(x, size // 2)
 
     def block(number, out):
-        i, j = number // (w // columns) * rows, number % (w // columns) * columns
+        # not // and %, which compile to a dozen operations that see to the signs
+        across = jnp.int32(w // columns)
+        i, j = lax.div(number, across) * rows, lax.rem(number, across) * columns
         part = lax.dynamic_slice(padded, (0, i, j, 0), (c, rows + size - 1, columns + size - 1, n))
         product = _as_product(_slices(part, size, rows, columns), kernel, (rows, columns, n))
         return lax.dynamic_update_slice(out, product, (0, i, j, 0))
