@@ -98,7 +98,7 @@ SIZES = {
         cfg=Config(data=DataConfig(), n_envs=8, report_envs=8), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64), largest_epoch=4, chunks=(1, 4), images_per_run=16_384,
         growth_envs=4, growth_batches=6, evaluation_envs=2, slot_counts=(1, 2, 3, 4),
-        matrix=1024, copied=2**25, learning=_learning(presets.get("smoke")), repeats=7, seconds=20,
+        matrix=1024, copied=2**25, learning=_learning(presets.get("quick")), repeats=7, seconds=20,
     ),
     "gpu": Size(
         cfg=presets.get("full").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
@@ -180,12 +180,12 @@ def growth_table(bench: Bench) -> Iterator[Row]:
     states["mixture"] = mixture(bench, envs)
     program = train_program(bench, args(states["slots_empty"]), chunk, cfg.training)
     runs = {"bare": alone.bind(*alone_args)} | {name: program.bind(*args(state)) for name, state in states.items()}
-    times = bench.measure(runs)
-
-    images = indices.size
-    yield emit("bare_epoch_images_per_s", images / times["bare"], "images/s")
-    for name in states:
-        yield emit(f"{name}_over_bare", times[name] / times["bare"], "ratio")
+    first, *others = states  # the ratio nearest to 1 has a comparison of its own, for more runs
+    for names in ([first], others):
+        times = bench.measure({name: runs[name] for name in ("bare", *names)})
+        for name in names:
+            yield emit(f"{name}_over_bare", times[name] / times["bare"], "ratio")
+    yield emit("bare_epoch_images_per_s", indices.size / times["bare"], "images/s")
     flops, bandwidth = (np.median(peak) for peak in peaks(bench))
     itemsize = jnp.dtype(cfg.training.compute_dtype).itemsize
     host = roofline.host(cfg.host, bench.size.image_size, channels=3, classes=CLASSES, itemsize=itemsize, train=True)
