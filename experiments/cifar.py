@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
