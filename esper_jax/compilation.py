@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
@@ -126,7 +127,7 @@ def compile_ahead(
     started = time.perf_counter()
 
     def episodes(envs: int) -> tuple:
-        return train.dataset, run_template(train, cfg, key), replicated_key, number, jnp.arange(envs)
+        return train.dataset, run_template(train, cfg, key), replicated_key, number, np.arange(envs, dtype=np.int32)
 
     def results(envs: int) -> tuple:
         return _placed(jax.eval_shape(train.rollout, *episodes(envs)), split_over_devices)

@@ -281,7 +281,7 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     train = make_train(brief, random_dataset(8, 16, 2), controllers={})
     run = train.init(jax.random.key(0))
     key = devices.replicate(jax.random.key(5), mesh)
-    rollout = lambda: train.rollout(train.dataset, run, key, jnp.int32(0), jnp.arange(envs))
+    rollout = lambda: train.rollout(train.dataset, run, key, jnp.int32(0), np.arange(envs, dtype=np.int32))
     rows, ends = rollout()
     learn = lambda: train.learn(key, run, rows)
     runs = {"rollout": rollout, "learn": learn} | _pieces(bench, ends)

@@ -56,7 +56,7 @@ def rollout(ids, controller="policy", *, n_devices=1, seed=3):
     t = train(n_devices)
     run = two_rounds(n_devices)[1][0]
     key = devices.replicate(jax.random.key(seed), devices.make_mesh(n_devices))
-    return jax.device_get(t.rollout(t.dataset, run, key, jnp.int32(t.controllers.index(controller)), ids))
+    return jax.device_get(t.rollout(t.dataset, run, key, jnp.int32(t.controllers.index(controller)), np.int32(ids)))
 
 
 def equal(one, other):
@@ -97,9 +97,9 @@ def test_the_policy_is_unchanged_when_the_first_update_starts():
 
 def test_an_environment_does_not_depend_on_its_place():
     """Bitwise: the same environments at other places, beside others."""
-    rows, states = rollout(jnp.arange(8))
+    rows, states = rollout(np.arange(8))
     order = np.array([7, 30, 2, 12, 0, 25, 31, 5])
-    shuffled, shuffled_states = rollout(jnp.asarray(order))
+    shuffled, shuffled_states = rollout(order)
     known = np.flatnonzero(order < 8)
     assert len(known) == 4 and len(np.unique(np.asarray(shuffled.info.val_loss[:, 0]))) == 8
     for one, other in ((shuffled, rows), (shuffled_states, states)):
@@ -215,7 +215,7 @@ def test_an_environment_does_not_depend_on_the_population(chunk):
     """Bitwise: 8 environments and the same 8 among 32, and beside others in their chunk."""
     t = make_train(CFG.replace(devices=1, env_chunk=chunk), tiny.dataset(), {})
     run = t.init(jax.random.key(0))
-    play = lambda ids: jax.device_get(t.rollout(t.dataset, run, jax.random.key(3), jnp.int32(0), jnp.asarray(ids)))
+    play = lambda ids: jax.device_get(t.rollout(t.dataset, run, jax.random.key(3), jnp.int32(0), np.int32(ids)))
     few, many = play(np.arange(8)), play(np.arange(32))
     assert equal(few, jax.tree.map(lambda leaf: leaf[:8], many))
     order = np.array([7, 30, 2, 12, 0, 25, 31, 5])
