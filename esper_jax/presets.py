@@ -38,16 +38,16 @@ PRESETS = {
         report_envs=8,
     ),
     "quick": Config(
-        # so small that twenty rounds fit into the time, in which the policy learns something
-        data=DataConfig(image_size=8, train_limit=10_000, validation_size=512),
-        # one pooling less than `cifar10`: 8x8 images keep 2x2 positions, so that a convolution in a slot sees space
-        host=dataclasses.replace(HOSTS["cifar10"], pool_layers=2),
+        data=DataConfig(image_size=16, train_limit=10_000, validation_size=512),
+        # small, so that growth helps and enough rounds fit into the time for the policy to learn something; and one
+        # pooling less than `cifar10`: 16x16 images keep 4x4 positions, so that a convolution in a slot sees space
+        host=dataclasses.replace(HOSTS["cifar10"], base_channels=4, pool_layers=2),
         training=TrainingConfig(batches_per_epoch=12, batch_size=128),
         # an eighth of the images in an epoch, measured on a fifth of the images: changes are larger and noisier
         tracker=TrackerConfig(plateau_threshold=1.5, stabilization_threshold=0.05, stabilization_epochs=2),
-        ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=20),
+        ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=14),
         n_envs=16,
-        rounds=20,
+        rounds=14,
         report_envs=16,
     ),
     "full": Config(
