@@ -90,8 +90,8 @@ def result() -> Result:
     with unoptimised():
         with compilations() as ahead:
             compiled = compilation.compile_ahead(train(), CONFIG, KEY(), cache=cache())
+            states, rounds = [compiled.init(KEY())], []  # as the main job does, before the first round
         with compilations() as later:
-            states, rounds = [compiled.init(KEY())], []
             for _ in range(CONFIG.rounds):
                 state, metrics = compiled.update(KEY(), states[-1])
                 states.append(state)
