@@ -6,6 +6,7 @@ start neither traces nor compiles. A kept program is found by the facts that dec
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
@@ -26,16 +26,14 @@ from esper_jax import devices, provenance
 from esper_jax.config import Config
 from esper_jax.network.blueprints import CNN
 from esper_jax.startup_cache import StartupCache
-from esper_jax.train import RunState, Train, bind
+from esper_jax.train import RunState, Train, bind, everyone
 
 
 def spread(cfg: Config) -> Config:
     """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
 
     def even(n: int) -> bool:
-        unit = n * cfg.env_chunk
-        minibatches = cfg.n_envs % (n * cfg.ppo.minibatches) == 0
-        return cfg.n_envs % unit == 0 and cfg.report_envs % unit == 0 and minibatches
+        return cfg.n_envs % (n * cfg.env_chunk) == 0 and cfg.n_envs % (n * cfg.ppo.minibatches) == 0
 
     most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
     return cfg if cfg.devices else cfg.replace(devices=most)
@@ -123,26 +121,23 @@ def compile_ahead(
     mesh = devices.make_mesh(cfg.devices)
     on_each, split_over_devices = NamedSharding(mesh, devices.SAME), NamedSharding(mesh, devices.EACH)
     facts = program_facts(train, cfg, controllers) if cache else None
-    replicated_key, number = devices.replicate(key, mesh), jnp.int32(0)
     started = time.perf_counter()
 
-    def episodes(envs: int) -> tuple:
-        return train.dataset, run_template(train, cfg, key), replicated_key, number, np.arange(envs, dtype=np.int32)
-
-    def results(envs: int) -> tuple:
-        return _placed(jax.eval_shape(train.rollout, *episodes(envs)), split_over_devices)
-
-    rollout, comparison, report = f"rollout-{cfg.n_envs}", f"rollout-{cfg.report_envs}", f"report-{cfg.report_envs}"
+    run = run_template(train, cfg, key)
+    policies, environments = everyone(cfg)
+    keys = _placed(jax.eval_shape(train.keys, key, run.round)[0], on_each)
+    episodes = (train.dataset, run, keys, jnp.int32(0), policies, environments)
+    results = functools.cache(lambda: _placed(jax.eval_shape(train.rollout, *episodes), split_over_devices))
+    losses = lambda: results()[0].info.val_loss
     lower = {  # in the order in which a run needs them
-        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run_template(train, cfg, key).round),
+        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run.round),
+        "rollout": lambda: train.rollout.lower(*episodes),
     }
+    if cfg.reward.mode == "paired":
+        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, results()[0], losses())
     if cfg.rounds:
-        lower[rollout] = lambda: train.rollout.lower(*episodes(cfg.n_envs))
-        lower["learn"] = lambda: train.learn.lower(
-            replicated_key, run_template(train, cfg, key), results(cfg.n_envs)[0]
-        )
-    lower[comparison] = lambda: train.rollout.lower(*episodes(cfg.report_envs))
-    lower[report] = lambda: train.report.lower(train.dataset, results(cfg.report_envs)[1])
+        lower["learn"] = lambda: train.learn.lower(keys, run, results()[0])
+    lower["report"] = lambda: train.report.lower(train.dataset, results()[1])
 
     turn = threading.Lock()  # loading and tracing are no faster at the same time, and the first program is needed first
 
@@ -162,16 +157,14 @@ def compile_ahead(
     pool.shutdown(wait=False)
     for name, loading in programs.items():
         # what is only to be loaded and not needed yet can come while the first episodes are computed
-        if name in ("keys", rollout) or not cfg.rounds or not (cache and cache.has(name, facts)):
+        if name in ("keys", "rollout") or not cfg.rounds or not (cache and cache.has(name, facts)):
             loading.result()
 
     def call(name: str) -> Callable:
         return lambda *args: programs[name].result()(*args)
 
-    return bind(
-        cfg, train.dataset, train.controllers, rollout=lambda *args: call(f"rollout-{len(args[-1])}")(*args),
-        learn=call("learn"), report=call(report), keys=call("keys"), start=train.start,
-    )  # fmt: skip
+    compiled = {name: call(name) for name in ("rollout", "pay", "learn", "report", "keys")}
+    return bind(cfg, train.dataset, train.controllers, start=train.start, **compiled)
 
 
 def _placed(tree: Any, sharding: NamedSharding) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS
+from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS, Op
 
 
 def _require(condition: bool, where: object, name: str, allowed: str) -> None:
@@ -83,7 +84,7 @@ class HostConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: Literal["auto", "cifar10", "shapes", "digits"] = "auto"
-    """auto takes CIFAR-10 if it can be had, else shapes, and says so"""
+    """auto takes CIFAR-10 if it can be had, else digits, and says so"""
     data_dir: str | None = None
     """folder that holds the CIFAR-10 files (official binary or python layout)"""
     image_size: int | None = None
@@ -213,7 +214,16 @@ class TrackerConfig:
 class RewardConfig:
     """Mode and weights of the reward; the weights are traced (`RewardWeights`), so a grid of them compiles once."""
 
-    mode: Literal["shaped", "simplified", "sparse"] = "shaped"
+    mode: Literal["paired", "shaped", "simplified", "sparse"] = "paired"
+    """paired pays the gain over the twin, the same keys without growth; the others are the reference's"""
+    loss_scale: float = 30.0
+    """paired: points per nat of validation loss below the twin's"""
+    loss_cap: float = 10.0
+    """paired: losses above this, and those that are not finite, count as this"""
+    price: float = 0.5
+    """paired: points that as many blended parameters as the host has cost"""
+    harvest: float = 1.0
+    """paired: share of the last value that is that of the committed network, which is without what is not kept"""
     attribution: Literal["harmonic", "minimum"] = "harmonic"
     contribution_weight: float = 1.0
     proxy_factor: float = 0.3
@@ -241,7 +251,9 @@ class RewardConfig:
 
     def __post_init__(self):
         _require_choices(self)
-        _require_positive(self, "rent_host_floor", "param_budget", "clip")
+        _require_positive(self, "rent_host_floor", "param_budget", "clip", "loss_scale", "loss_cap")
+        _require(self.price >= 0, self, "price", "at least 0")
+        _require(0 <= self.harvest <= 1, self, "harvest", "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -262,6 +274,9 @@ class PPOConfig:
     minibatches: int = 2
     """environments are split into so many minibatches"""
     advantage_std_floor: float = 0.1
+    op_bias: tuple[float, ...] = (1.0, 0.0, 0.0, -3.0, 3.0, 2.0)
+    """added to the first policy's logits of wait, germinate, set_alpha_target, prune, fossilize, advance, so that it
+    lets seeds live and finishes what it begins, or there would be nothing to learn from; all 0 starts uniform"""
     target_kl: float | None = None
     """stop the epochs of an update once 1.5x this divergence is passed; none never stops"""
 
@@ -269,6 +284,8 @@ class PPOConfig:
         _require_positive(self, "hidden_size", "learning_rate", "clip_ratio", "epochs", "minibatches", "max_grad_norm")
         _require(0 < self.gamma <= 1, self, "gamma", "in (0, 1]")
         _require(0 <= self.gae_lambda <= 1, self, "gae_lambda", "in [0, 1]")
+        _require(len(self.op_bias) == len(Op), self, "op_bias", f"{len(Op)} numbers, one per op")
+        _require(all(map(math.isfinite, self.op_bias)), self, "op_bias", "finite")
 
 
 @dataclass(frozen=True)
@@ -282,19 +299,21 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     n_envs: int = 16
-    """environments of a round (E)"""
+    """environments of a round (E), for each policy seed"""
+    policy_seeds: int = 1
+    """policies that are trained side by side (P), from different keys and on different environments"""
     env_chunk: int = 1
     """environments computed together: 1 on a CPU with 32x32 images, 16-32 with 8x8 ones, many on a GPU"""
     devices: int = 0
     """devices that share the environments; 0 takes all there are (on a CPU: one per core)"""
     rounds: int = 8
-    """PPO rounds: E episodes and one update each"""
+    """PPO rounds: E episodes and one update each, for each policy seed"""
     report_envs: int = 16
     """environments per controller in the final comparison"""
     seed: int = 0
 
     def __post_init__(self):
-        _require_positive(self, "n_envs", "env_chunk", "report_envs")
+        _require_positive(self, "n_envs", "policy_seeds", "env_chunk", "report_envs")
         _require(self.devices >= 0, self, "devices", "at least 0")
         _require(self.rounds >= 0, self, "rounds", "at least 0")
         _require(self.n_envs % self.ppo.minibatches == 0, self, "n_envs", "a multiple of ppo.minibatches")
@@ -360,9 +379,11 @@ def _value(annotation: typing.Any, value: typing.Any, path: str) -> typing.Any:
         return _from_dict(annotation, value, path)
     origin = get_origin(annotation)
     if origin is tuple:
-        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise ValueError(f"{path} = {value!r}: must be a list of strings")
-        return tuple(value)
+        item = get_args(annotation)[0]
+        types_, kind = ((float, int), "numbers") if item is float else ((str,), "strings")
+        if not (isinstance(value, list) and all(type(entry) in types_ for entry in value)):
+            raise ValueError(f"{path} = {value!r}: must be a list of {kind}")
+        return tuple(map(item, value))
     if origin is Literal:
         return value  # the class checks its choices
     allowed = get_args(annotation) if origin in (types.UnionType, typing.Union) else (annotation,)

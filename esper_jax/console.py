@@ -99,12 +99,14 @@ class Console:
 
 
 def round_note(arrays: dict[str, np.ndarray]) -> str:
-    """A round in a few numbers, from the arrays of `telemetry.round_arrays`; means over its environments."""
-    accuracy = arrays["rounds/val_accuracy"][:, -1].mean()
-    reward = np.nansum(arrays["rounds/reward"], axis=1).mean()
-    kept = (arrays["rounds/stage"][:, -1] == Stage.FOSSILIZED).sum(-1).mean()
-    kl, entropy = arrays["learner/approx_kl"], arrays["learner/entropy"]
-    note = f"acc={accuracy:.1f}  return={reward:.2f}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
+    """A round in a few numbers, from the arrays of `telemetry.round_arrays`; means over its environments, and of the
+    return one for each policy."""
+    accuracy = arrays["rounds/val_accuracy"][..., -1].mean()
+    returns = np.nansum(arrays["rounds/reward"], axis=-1).mean(-1)
+    kept = (arrays["rounds/stage"][..., -1, :] == Stage.FOSSILIZED).sum(-1).mean()
+    kl, entropy = arrays["learner/approx_kl"].mean(), arrays["learner/entropy"].mean()
+    each = " ".join(f"{value:.2f}" for value in returns)
+    note = f"acc={accuracy:.1f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
     panics = int(arrays["rounds/panic"].sum())
     return note + (f"  rollbacks={panics}" if panics else "")
 

@@ -1,6 +1,6 @@
 """The pictures of a run, as PNG files from the arrays of metrics.npz.
 
-Axis letters: A arms, E environments, T epochs, S slots, R rounds.
+Axis letters: A arms (a learned arm once per policy), P policies, E environments, T epochs, S slots, R rounds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from esper_jax.report import BASELINE
+from esper_jax.report import by_arm
 from esper_jax.statistics import mean_interval
-from esper_jax.train import POLICY
+from esper_jax.train import BASELINE, LEARNED, POLICY
 from esper_jax.types import BLUEPRINTS, Stage
 
 # Okabe-Ito: told apart by colour-blind readers, too.
@@ -34,69 +34,141 @@ STAGE_COLOURS = {
 
 def curves(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
     """Validation accuracy by epoch, and its paired difference to the baseline. Returns the caption."""
-    names = [str(name) for name in metrics["arms/names"]]
-    accuracy = metrics["arms/val_accuracy"]
-    _, envs, epochs = accuracy.shape
+    accuracy = {arm: samples.mean(0) for arm, samples in by_arm(metrics, "val_accuracy").items()}  # [E, T]
+    names = list(accuracy)
+    envs, epochs = accuracy[BASELINE].shape
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    base = names.index(BASELINE)
-    for axes, samples in ((left, accuracy), (right, accuracy - accuracy[base])):
+    for axes, base in ((left, 0), (right, accuracy[BASELINE])):
         ends = {}
-        for a, name in enumerate(names):
-            if axes is right and a == base:
-                continue
-            middle = _band(axes, np.arange(1, epochs + 1), samples[a], _style(names, name))
+        for name in names if axes is left else [name for name in names if name != BASELINE]:
+            middle = _band(axes, np.arange(1, epochs + 1), accuracy[name] - base, _style(names, name))
             ends[name] = middle[-1]
         _label_ends(axes, epochs, ends, names)
         axes.set_xlabel("epoch of the host's training")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain_axes(axes)
     left.set_ylabel("validation accuracy (%)")
     right.set_ylabel(f"paired difference to {BASELINE} (percentage points)")
     right.axhline(0, color="black", linewidth=1)
     figure.suptitle(f"Accuracy on {data}: {envs} environments per arm, same keys in every arm")
     figure.savefig(path, dpi=110)
     return (
-        f"Validation accuracy by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t), and the "
-        f"paired difference to the bare host ({BASELINE})."
+        f"Validation accuracy by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t; a "
+        f"learned arm is the mean of its policies), and the paired difference to the bare host ({BASELINE})."
     )
 
 
 def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
-    """What the policy got better at while it was trained. Returns the caption."""
-    reward, accuracy = metrics["rounds/reward"], metrics["rounds/val_accuracy"]
-    rounds, envs = accuracy.shape[:2]
+    """What the policies got better at while they were trained. Returns the caption."""
+    kept = metrics["rounds/stage"][..., -1, :] == Stage.FOSSILIZED  # [R, P, E, S]
+    rounds, policies, envs = kept.shape[:3]
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     x = np.arange(1, rounds + 1)
     for axes, samples, label in (
-        (panels[0], np.nansum(reward, axis=2), "return of an episode (sum of rewards)"),
-        (panels[1], accuracy[:, :, -1], "final validation accuracy (%)"),
+        (panels[0], np.nansum(metrics["rounds/reward"], axis=-1), "return of an episode (points over its twin)"),
+        (panels[1], kept.sum(-1), "seeds kept per episode"),
     ):
-        _band(axes, x, samples.T, {"color": COLOURS[0], "marker": "."})
+        for p in range(policies):
+            _band(axes, x, samples[:, p].T, {"color": COLOURS[p % len(COLOURS)], "marker": "."})
         axes.set_ylabel(label)
-    panels[2].plot(x, metrics["learner/entropy"], color=COLOURS[1], marker=".")
+    for p in range(policies):
+        colour = COLOURS[p % len(COLOURS)]
+        panels[2].plot(x, metrics["learner/entropy"][:, p], color=colour, marker=".", label=f"policy {p}")
+    panels[2].legend(frameon=False)
     panels[2].set_ylabel("entropy of the policy (1: undecided)")
     panels[2].set_ylim(0, 1.05)
     for axes in panels:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Training of the policy on {data}: {envs} environments per round")
+        _plain_axes(axes)
+    figure.suptitle(f"Training on {data}: {policies} policies, {envs} environments per round and policy")
     figure.savefig(path, dpi=110)
-    return f"Training of the policy: mean of {envs} environments per round with 95 % intervals (Student t), entropy."
+    return (
+        f"Training of the policies: mean of {envs} environments per round with 95 % intervals (Student t): return, "
+        "seeds kept, entropy."
+    )
+
+
+def grown(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
+    """Which module each arm kept in which slot, in how many environments, and when. Returns the caption."""
+    stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
+    names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
+    alone = [name for name in names if names.count(name) == 1]
+    shown = [a for a, name in enumerate(names) if name != BASELINE]
+    n_slots, envs = stage.shape[-1], stage.shape[1]
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.4 * columns, lines * (0.7 + 0.45 * n_slots) + 0.8), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    drawn = set()
+    for axes, a in zip(panels, shown, strict=False):
+        for s in range(n_slots):
+            left, bottom = 0.0, n_slots - 1 - s  # slot 0 on top, where the features come from
+            kept = stage[a, :, -1, s] == Stage.FOSSILIZED
+            kinds, counts = np.unique(blueprint[a, kept, -1, s], return_counts=True)
+            for kind, count in sorted(zip(kinds, counts, strict=True), key=lambda pair: -pair[1]):
+                here = kept & (blueprint[a, :, -1, s] == kind)
+                born, done = (np.median(_first(stage[a, here, :, s], wanted)) for wanted in _MILESTONES)
+                drawn.add(kind)
+                axes.barh(bottom, count / envs, 0.8, left, color=_blueprint_colour(kind), edgecolor="white")
+                if count / envs > 0.28:
+                    text = f"{BLUEPRINTS[kind]}\n{born:.0f} to {done:.0f}"
+                    axes.text(left + count / envs / 2, bottom, text, ha="center", va="center", fontsize=7)
+                left += count / envs
+        title = names[a] if names[a] in alone else f"{names[a]} {policies[a]}"
+        gain = metrics["arms/test_committed"][a] - metrics["arms/test_committed"][names.index(BASELINE)]
+        size = metrics["arms/committed_size"][a, :, -1].mean()
+        axes.set_title(f"{title}: {gain.mean():+.1f} points, x{size:.2f}", loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    panels[0].set_xlim(0, 1)
+    panels[0].set_yticks(range(n_slots), [f"slot {s}" for s in reversed(range(n_slots))])
+    handles = [Patch(color=_blueprint_colour(kind), label=BLUEPRINTS[kind]) for kind in sorted(drawn)]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.suptitle(
+        f"What was kept on {data}: share of {envs} environments (numbers: epochs, germinated to fossilised)"
+    )
+    figure.savefig(path, dpi=110)
+    return (
+        f"Which module was kept in which slot, as a share of {envs} environments (white: none), with the median epochs "
+        f"of germination and fossilisation; in the titles the mean gain over {BASELINE} and the parameters of what was "
+        "kept. Learned arms have a panel per policy."
+    )
+
+
+_MILESTONES = (Stage.GERMINATED, Stage.FOSSILIZED)
+
+
+def _first(stage: np.ndarray, wanted: Stage) -> np.ndarray:
+    """Epoch, counted from 1, at whose end each of `[E, T]` was in a stage for the first time since it was last empty.
+
+    A germination is the epoch after which the slot was never empty again.
+    """
+    epochs = stage.shape[1]
+    if wanted == Stage.GERMINATED:
+        gone = ~np.isin(stage, [Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED])
+        return epochs - np.argmax(gone[:, ::-1], axis=1) + 1
+    return np.argmax(stage == wanted, axis=1) + 1
+
+
+def _blueprint_colour(kind: int) -> str:
+    return COLOURS[(int(kind) - 1) % len(COLOURS)]
 
 
 def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> str:
     """The life of the seeds in one environment under each arm that grows. Returns the caption.
 
-    By default it is the environment whose test accuracy under the policy is the median one.
+    A learned arm is shown with its first policy. By default it is the environment whose test accuracy under that policy
+    is the median one.
     """
-    names = [str(name) for name in metrics["arms/names"]]
-    accuracy = metrics["arms/test_accuracy"]
+    everyone = [str(name) for name in metrics["arms/names"]]
+    names = list(dict.fromkeys(everyone))
+    accuracy = metrics["arms/test_committed"]
     if env is None:
-        samples = accuracy[names.index(POLICY)]
+        samples = accuracy[everyone.index(POLICY)]
         env = int(np.argsort(samples, kind="stable")[(len(samples) - 1) // 2])
     shown = [name for name in names if name != BASELINE]
     n_slots = metrics["arms/stage"].shape[-1]
@@ -104,10 +176,10 @@ def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None
     figure = Figure(figsize=(12, 1 + len(shown) * (0.35 + 0.4 * n_slots)), layout="constrained")
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, shown, strict=True):
-        a = names.index(name)
+        a = everyone.index(name)
         lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
         _swimlanes(axes, *lanes)
-        axes.set_title(f"{name}: test accuracy {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
+        axes.set_title(f"{name}: test accuracy of what was kept {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
     panels[-1].set_xlabel("epoch of the host's training")
     panels[-1].set_xlim(0.5, epochs + 0.5)
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
@@ -117,8 +189,8 @@ def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None
     figure.suptitle(f"Seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)")
     figure.savefig(path, dpi=110)
     return (
-        f"Life of the seeds in environment {env} (the median one under the policy): a lane per slot, coloured by stage "
-        "at the end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
+        f"Life of the seeds in environment {env} (the median one under the first policy): a lane per slot, coloured by "
+        "stage at the end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
     )
 
 
@@ -141,13 +213,18 @@ def _swimlanes(axes: Axes, stage: np.ndarray, alpha: np.ndarray, blueprint: np.n
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _plain_axes(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _style(names: list[str], name: str) -> dict:
     """The policy stands out, the bare host is black; an arm looks the same in every picture."""
     if name == BASELINE:
         return {"color": "black", "linestyle": "--"}
-    if name == POLICY:
-        return {"color": "#d55e00", "linewidth": 3}
-    others = [other for other in names if other not in (BASELINE, POLICY)]
+    if name in LEARNED:
+        return {"color": "#d55e00", "linewidth": 3, "linestyle": "-" if name == POLICY else ":"}
+    others = [other for other in names if other not in (BASELINE, *LEARNED)]
     return {"color": COLOURS[others.index(name) % len(COLOURS)]}
 
 

@@ -1,14 +1,11 @@
-"""Named configurations: the hosts of the reference and the three sizes of the main job."""
+"""Named configurations: the hosts of the reference and the three sizes of the main job, each for two kinds of data."""
 
 from __future__ import annotations
-
-import dataclasses
 
 from esper_jax.config import (
     Config,
     DataConfig,
     HostConfig,
-    LifecycleConfig,
     PPOConfig,
     TrackerConfig,
     TrainingConfig,
@@ -24,46 +21,75 @@ HOSTS = {
     "cifar10_blind": HostConfig(n_blocks=2, base_channels=32, pool_layers=0, kernel_size=1),
     # for 8x8 images
     "digits": HostConfig(n_blocks=2, base_channels=8, pool_layers=2, kernel_size=3),
+    # for 8x8 images, and so small (152 parameters on digits) that growth shows: channels 2 and 4
+    "tiny": HostConfig(n_blocks=2, base_channels=2, pool_layers=2, kernel_size=3),
 }
+
+# Short epochs, measured on few images: changes are larger and noisier than the reference's.
+_TRACKER = TrackerConfig(plateau_threshold=1.5, stabilization_threshold=0.05, stabilization_epochs=2)
+_SMALL = Config(
+    host=HOSTS["tiny"],
+    training=TrainingConfig(epochs=25, batches_per_epoch=12, batch_size=64),
+    tracker=_TRACKER,
+    ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=30),
+    n_envs=16,
+    policy_seeds=3,
+    rounds=30,
+    report_envs=48,
+)
+_SMOKE = _SMALL.replace(
+    n_envs=8,
+    policy_seeds=1,
+    rounds=2,
+    report_envs=8,
+    **{
+        "training.epochs": 16,
+        # fewer kinds of seeds compile faster
+        "lifecycle.blueprints": ("conv_light", "attention", "norm"),
+        "ppo.anneal_rounds": 2,
+    },
+)
+_FULL = Config(
+    ppo=PPOConfig(anneal_rounds=100, minibatches=8),
+    n_envs=256,
+    policy_seeds=3,
+    rounds=100,
+    report_envs=256,
+)
 
 PRESETS = {
-    "smoke": Config(
-        data=DataConfig(image_size=8, train_limit=2048, validation_size=256, test_limit=512),
-        training=TrainingConfig(epochs=16, batches_per_epoch=12, batch_size=64),
-        # fewer kinds of seeds compile faster
-        lifecycle=LifecycleConfig(blueprints=("conv_light", "attention", "norm")),
-        ppo=PPOConfig(anneal_rounds=2),
-        n_envs=8,
-        rounds=2,
-        report_envs=8,
-    ),
-    "quick": Config(
-        data=DataConfig(image_size=16, train_limit=10_000, validation_size=512),
-        # small, so that growth helps and enough rounds fit into the time for the policy to learn something; and one
-        # pooling less than `cifar10`: 16x16 images keep 4x4 positions, so that a convolution in a slot sees space
-        host=dataclasses.replace(HOSTS["cifar10"], base_channels=4, pool_layers=2),
-        training=TrainingConfig(batches_per_epoch=12, batch_size=128),
-        # an eighth of the images in an epoch, measured on a fifth of the images: changes are larger and noisier
-        tracker=TrackerConfig(plateau_threshold=1.5, stabilization_threshold=0.05, stabilization_epochs=2),
-        ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=14),
-        n_envs=16,
-        rounds=14,
-        report_envs=16,
-    ),
-    "full": Config(
-        training=TrainingConfig(compute_dtype="bfloat16", tile_pixels=0),
-        ppo=PPOConfig(anneal_rounds=100, minibatches=8),
-        n_envs=256,
-        env_chunk=64,
-        rounds=100,
-        report_envs=256,
-    ),
+    "smoke": {
+        "digits": _SMOKE,
+        "cifar10": _SMOKE.replace(data=DataConfig(image_size=8, train_limit=2048, validation_size=256, test_limit=512)),
+    },
+    "quick": {
+        "digits": _SMALL,
+        "cifar10": _SMALL.replace(data=DataConfig(image_size=8, train_limit=10_000, validation_size=512)),
+    },
+    "full": {
+        "digits": _FULL.replace(
+            host=HOSTS["digits"],
+            training=TrainingConfig(batches_per_epoch=12, batch_size=64, tile_pixels=0),
+            tracker=_TRACKER,
+            env_chunk=256,
+        ),
+        "cifar10": _FULL.replace(
+            training=TrainingConfig(compute_dtype="bfloat16", tile_pixels=0),
+            env_chunk=64,
+            **{"ppo.learning_rate": 3e-4},
+        ),
+    },
 }
 
 
-def get(name: str) -> Config:
-    """The preset of that name. Raises ValueError naming the nearest one for an unknown name."""
-    return _lookup(PRESETS, "preset", name)
+def get(name: str, data: str = "digits") -> Config:
+    """The preset of that name in the size for those data: `digits`, `cifar10`, or `shapes`, which has CIFAR-10's.
+
+    Raises ValueError naming the nearest one for an unknown name.
+    """
+    sizes = _lookup(PRESETS, "preset", name)
+    cfg = _lookup(sizes | {"shapes": sizes["cifar10"]}, "data set", data)
+    return cfg.replace(**{"data.name": data})
 
 
 def host(name: str) -> HostConfig:

@@ -11,36 +11,40 @@ from typing import Any
 
 import numpy as np
 
-from esper_jax.statistics import METHOD, Interval, mean_interval, signed, verdict
-from esper_jax.train import POLICY
+from esper_jax.statistics import METHOD, crossed_interval, signed, verdict
+from esper_jax.train import BASELINE, LEARNED
 
-BASELINE = "never"
 # 80 columns have to be enough for a table.
-COLUMNS = ("arm", "test acc. %", f"minus {BASELINE}", "params", "seeds", "kept", "pruned", "rollbacks")
+COLUMNS = ("arm", "test %", f"minus {BASELINE}", "final %", f"loss - {BASELINE}", "params", "kept")
 NOTES = (
     f"{METHOD}.",
     "* the interval of the difference excludes 0; not corrected for the number of comparisons.",
-    "params: relative to the bare host, at the end. seeds (germinated), kept, pruned, rollbacks: mean per environment.",
+    "test %, differences, params (relative to the bare host): of what was kept (fossilised). final %: of the network",
+    f"as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is better. kept: seeds per environment.",
 )
 
 
-def accuracies(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """f[E] report-test accuracy of each arm, from the arrays of metrics.npz."""
-    return {str(arm): metrics["arms/test_accuracy"][a] for a, arm in enumerate(metrics["arms/names"])}
+def by_arm(metrics: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
+    """f[P, E] of each arm, P = 1 for a rule, from the arrays of metrics.npz."""
+    names = [str(name) for name in metrics["arms/names"]]
+    return {arm: metrics[f"arms/{field}"][[name == arm for name in names]] for arm in dict.fromkeys(names)}
+
+
+def sizes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """f[P, E] parameters of each arm's committed networks, relative to the bare host."""
+    return {arm: size[..., -1] for arm, size in by_arm(metrics, "committed_size").items()}
 
 
 def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
     """The cells under `COLUMNS`, a row per arm; "-" for what was not measured."""
-    accuracy = accuracies(metrics)
-    rows = []
-    for a, (arm, samples) in enumerate(accuracy.items()):
-        gain = mean_interval(samples - accuracy[BASELINE]) if arm != BASELINE and BASELINE in accuracy else None
-        params = metrics["arms/params"][a].astype(float)
-        ratio = f"x{(params[:, -1] / params[:, 0]).mean():.2f}"
-        counts = [f"{metrics[f'arms/{name}'][a].mean():.1f}" for name in ("germinated", "fossilised", "pruned")]
-        difference = "-" if gain is None else _interval(gain, signed) + ("*" if gain.excludes_zero else " ")
-        rollbacks = f"{metrics['arms/rollbacks'][a].mean():.1f}"
-        rows.append([arm, _interval(mean_interval(samples), _plain), difference, ratio, *counts, rollbacks])
+    accuracy, final, loss, kept = (
+        by_arm(metrics, field) for field in ("test_committed", "test_accuracy", "test_committed_loss", "fossilised")
+    )
+    size, rows = sizes(metrics), []
+    for arm in accuracy:
+        difference = lambda samples, arm=arm: "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE])
+        plain = (_plain(np.nanmean(accuracy[arm])), difference(accuracy), _plain(np.nanmean(final[arm])))
+        rows.append([arm, *plain, difference(loss), f"x{size[arm].mean():.2f}", f"{kept[arm].mean():.1f}"])
     return rows
 
 
@@ -48,15 +52,18 @@ def _plain(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.2f}"
 
 
-def _interval(interval: Interval, form) -> str:
+def _starred(samples: np.ndarray) -> str:
+    interval = crossed_interval(samples)
     half = interval.high - interval.mean
-    return form(interval.mean) + ("" if np.isnan(half) else f" ± {half:.2f}")
+    text = signed(interval.mean) + ("" if np.isnan(half) else f" ± {half:.2f}")
+    return text + ("*" if interval.excludes_zero else " ")
 
 
 def sentence(metrics: dict[str, np.ndarray], data: str) -> str:
     """What may be claimed and what not."""
-    metric = "report-test accuracy"
-    return verdict(accuracies(metrics), policy=POLICY, baseline=BASELINE, data=data, metric=metric)
+    metric = "report-test accuracy of what was kept"
+    accuracy = by_arm(metrics, "test_committed")
+    return verdict(accuracy, sizes(metrics), learned=LEARNED, baseline=BASELINE, data=data, metric=metric)
 
 
 def page(title: str, rows: Sequence[Sequence[str]], claim: str, pictures: dict[Path, str], card: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Means with intervals, and what they allow one to say.
 
 The samples are environments: different host initialisations and data orders on the same images. Environment e has the
-same keys in every arm, so arms are compared by the differences within environments.
+same keys in every arm, so arms are compared by the differences within environments. A learned arm has P policies, all
+of them in every environment: then the interval is over both.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
-METHOD = "±: 95 % Student t intervals over environments; differences are paired by environment"
+METHOD = "±: 95 % Student t intervals over environments and policies; differences are paired by environment"
 
 
 class Interval(NamedTuple):
@@ -48,36 +49,95 @@ def _quantile(n: np.ndarray) -> np.ndarray:
     return stdtrit(np.maximum(n - 1, 1).astype(float), 0.5 + CONFIDENCE / 2)
 
 
-def verdict(accuracy: dict[str, np.ndarray], *, policy: str, baseline: str, data: str, metric: str) -> str:
+def crossed_interval(samples: np.ndarray) -> Interval:
+    """Mean of f[P, E] with a 95 % interval for other policies *and* other environments than these.
+
+    Both are random and every policy was in every environment: with the mean squares of a two-way layout without
+    replication, the mean's variance is `(MS_policy + MS_env - MS_rest) / (P E)`, neither of the first two taken below
+    the last, with Satterthwaite's (1946) degrees of freedom. One policy says nothing about others: P = 1 is the
+    interval over environments alone. An environment that was not measured under some policy is left out.
+    """
+    samples = np.asarray(samples, np.float64)
+    samples = samples[:, ~np.isnan(samples).any(0)]
+    policies, envs = samples.shape
+    if policies == 1 or envs < 2:
+        return mean_interval(samples.mean(0) if samples.size else np.array([np.nan]))
+    mean, by_policy, by_env = samples.mean(), samples.mean(1), samples.mean(0)
+    rest = samples - by_policy[:, None] - by_env + mean
+    freedom = np.array([policies - 1, envs - 1, (policies - 1) * (envs - 1)])
+    between = envs * ((by_policy - mean) ** 2).sum(), policies * ((by_env - mean) ** 2).sum(), (rest**2).sum()
+    squares = np.array(between) / freedom
+    squares[:2] = np.maximum(squares[:2], squares[2])
+    variance = squares[0] + squares[1] - squares[2]
+    if variance == 0:
+        return Interval(mean.item(), mean.item(), mean.item(), envs)
+    half = np.sqrt(variance / samples.size) * stdtrit(variance**2 / (squares**2 / freedom).sum(), 0.5 + CONFIDENCE / 2)
+    return Interval(mean.item(), (mean - half).item(), (mean + half).item(), envs)
+
+
+MARGIN = 2.0  # percentage points: an arm that is worse by less at under half of the added parameters is told so
+
+
+def verdict(
+    accuracy: dict[str, np.ndarray],
+    size: dict[str, np.ndarray],
+    *,
+    learned: tuple[str, ...],
+    baseline: str,
+    data: str,
+    metric: str,
+) -> str:
     """One sentence on what the intervals allow one to claim, and what not.
 
     Args:
-      accuracy: f[E] per arm, the same environments in each; NaN where not measured.
+      accuracy: f[P, E] per arm, the same environments in each, P = 1 for a rule; NaN where not measured.
+      size: f[P, E] parameters relative to the bare host.
+      learned: the arms that are policies.
       metric: what the numbers are, such as "report-test accuracy".
     """
     arms = [arm for arm in accuracy if arm != baseline]
     parts = _claims("", {arm: accuracy[arm] - accuracy[baseline] for arm in arms}, f"than {baseline}", baseline)
-    if policy in accuracy:
-        gains = {rule: accuracy[policy] - accuracy[rule] for rule in arms if rule != policy}
-        parts += _claims(f"the {policy} is ", gains, "than", f"{policy} against")
-        parts.append(f"the {policy} comes from one training seed, so nothing may be claimed about how training varies")
+    rules = [arm for arm in arms if arm not in learned]
+    for policy in (arm for arm in arms if arm in learned):
+        gains = {rule: accuracy[policy] - accuracy[rule] for rule in rules}
+        share = {rule: _added(size[policy]) / _added(size[rule]) for rule in rules if _added(size[rule]) > 0}
+        parts += _claims(f"{policy} is ", gains, "than", f"{policy} against", share)
+    policies = max((len(accuracy[arm]) for arm in arms if arm in learned), default=0)
+    if policies == 1:
+        parts.append("one policy was trained, so nothing may be claimed about how training varies")
     if data != "cifar10":
         parts.append("nothing may be claimed about CIFAR-10")
-    n = len(accuracy[baseline])
-    return f"On {data}, by {metric} of {n} environments per arm with the same keys: {'; '.join(parts)}."
+    n = accuracy[baseline].shape[1]
+    trained = f" and {policies} policies trained from different seeds" if policies > 1 else ""
+    return f"On {data}, by {metric} of {n} environments per arm with the same keys{trained}: {'; '.join(parts)}."
 
 
-def _claims(subject: str, differences: dict[str, np.ndarray], than: str, against: str) -> list[str]:
-    """What may be said about each difference, sorted into better, worse and unknown."""
+def _added(size: np.ndarray) -> float:
+    return float(np.nanmean(size)) - 1
+
+
+def _claims(
+    subject: str, differences: dict[str, np.ndarray], than: str, against: str, share: dict[str, float] | None = None
+) -> list[str]:
+    """What may be said about each difference, sorted into better, worse and unknown.
+
+    With `share`, the subject's added parameters over those of the other: better, or as good by `MARGIN` at under half.
+    """
     said: dict[str, list[str]] = {"better": [], "worse": []}
-    unknown = []
+    unknown, frugal = [], []
     for name, samples in differences.items():
-        gain = mean_interval(samples)
-        if gain.excludes_zero:
-            side = said["better" if gain.low > 0 else "worse"]
-            side.append(f"{name} ({signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}])")
+        gain = crossed_interval(samples)
+        text = f"{name} ({signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}])"
+        if gain.low > 0:
+            said["better"].append(text)
+        elif share and gain.low > -MARGIN and share.get(name, np.inf) < 0.5:
+            frugal.append(f"{text} with {share[name]:.2f} times the parameters that it adds")
+        elif gain.high < 0:
+            said["worse"].append(text)
         else:
             unknown.append(name)
+    if frugal:
+        said[f"not worse by more than {MARGIN:g} points"] = frugal
     if subject:
         parts = [f"{subject}{side} {than} {', '.join(names)}" for side, names in said.items() if names]
         return parts + ([f"nothing may be claimed about {against} {', '.join(unknown)}"] if unknown else [])

@@ -1,13 +1,15 @@
 """The files of a run: what compiled programs return, as arrays and rows (Esper's Nissa).
 
-    metrics.npz      rounds/<field> [R, E, T, ...], learner/<metric> [R], arms/<field> [A, E, T, ...], arms/names [A]
+    metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P],
+                     arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A]
     lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
-    outcomes.csv     one row per (arm, environment) of the comparison
+    outcomes.csv     one row per (arm, policy, environment) of the comparison
 
 What was not measured is NaN in arrays with a `<field>_valid` array beside them, null in JSON, empty in CSV: never 0.
 Nothing here holds a time, so the same run writes the same bytes. The host loop calls this between compiled calls.
 
-Axis letters: R rounds, A arms, E environments, T epochs, S slots, K alpha configurations.
+Axis letters: R rounds, P policies, A arms (a learned arm counts once per policy), E environments, T epochs, S slots,
+K alpha configurations.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _OF_DECISIONS = ("requested_op", "op", "slot", "legal", "success", "gate_level",
 
 
 def rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
-    """What episodes did, field by field `[E, T, ...]`; small integers as i8, unmeasured floats as NaN."""
+    """What episodes did, field by field `[P, E, T, ...]`; small integers as i8, unmeasured floats as NaN."""
     info = jax.device_get(rollout.info)
     fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     components = fields.pop("components")
@@ -50,7 +52,7 @@ def rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
     del fields["per_class"], fields["episode_over"]
     arrays = {name: np.asarray(field) for name, field in fields.items()}
     decisions = np.zeros(arrays["reward"].shape, bool)
-    decisions[:, 1:] = True
+    decisions[..., 1:] = True
     arrays |= {"decision_valid": decisions, "gate_valid": decisions & (arrays["gate_level"] >= 0)}
     return {name: _clean(name, array, arrays) for name, array in arrays.items()}
 
@@ -73,16 +75,18 @@ def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
 
 def arm_arrays(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
     """The comparison's arrays with a leading A, in the order of `arms/names`."""
-    per_arm = []
-    for result in arms.values():
+    per_arm, names, policies = [], [], []
+    for name, result in arms.items():
         test = jax.device_get(result.test)
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
         arrays["test_per_class"] = np.where(test.per_class_valid, test.per_class, np.float32(np.nan))
         per_arm.append(arrays)
-    stacked = {f"arms/{name}": np.stack([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
-    return {"arms/names": np.array(list(arms))} | stacked
+        names += [name] * len(test.accuracy)
+        policies += range(len(test.accuracy))
+    joined = {f"arms/{name}": np.concatenate([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
+    return {"arms/names": np.array(names), "arms/policy_seed": np.array(policies)} | joined
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -134,13 +138,17 @@ class RoundLog:
 
 
 OUTCOMES = (
-    "arm", "env", "test_accuracy", "test_loss", "test_committed_accuracy", "val_accuracy", "params", "params_ratio",
-    "germinated", "fossilised", "pruned", "rollbacks", "return",
+    "arm", "policy_seed", "env", "test_accuracy", "test_accuracy_final", "test_loss", "test_loss_final", "params",
+    "params_final", "val_accuracy", "germinated", "fossilised", "pruned", "rollbacks", "return",
 )  # fmt: skip
 
 
 def outcomes(metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """One row per (arm, environment) from the arrays of metrics.npz, with the columns `OUTCOMES`."""
+    """One row per (arm, policy, environment) from the arrays of metrics.npz, with the columns `OUTCOMES`.
+
+    Accuracy, loss and parameters (relative to the bare host) are those of the committed network, `*_final` those of the
+    network as it was at the end. `policy_seed` counts the policies of a learned arm; a rule has one row, number 0.
+    """
     arms = {name.removeprefix("arms/"): array for name, array in metrics.items() if name.startswith("arms/")}
     rows = []
     for a, arm in enumerate(arms["names"]):
@@ -148,13 +156,15 @@ def outcomes(metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
             host = arms["params"][a, e, 0]  # before the first decision there is nothing else
             row = {
                 "arm": str(arm),
+                "policy_seed": int(arms["policy_seed"][a]),
                 "env": e,
-                "test_accuracy": arms["test_accuracy"][a, e],
-                "test_loss": arms["test_loss"][a, e],
-                "test_committed_accuracy": arms["test_committed"][a, e],
+                "test_accuracy": arms["test_committed"][a, e],
+                "test_accuracy_final": arms["test_accuracy"][a, e],
+                "test_loss": arms["test_committed_loss"][a, e],
+                "test_loss_final": arms["test_loss"][a, e],
+                "params": arms["committed_size"][a, e, -1],
+                "params_final": arms["params"][a, e, -1] / host,
                 "val_accuracy": arms["val_accuracy"][a, e, -1],
-                "params": arms["params"][a, e, -1],
-                "params_ratio": arms["params"][a, e, -1] / host,
                 "return": np.nansum(arms["reward"][a, e]),
             }
             row |= {name: arms[name][a, e] for name in ("germinated", "fossilised", "pruned", "rollbacks")}
@@ -201,6 +211,7 @@ def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         kind = max(at["blueprint"][s], arms["blueprint"][a, e, max(t - 1, 0), s])  # also of a seed that has just left
         yield {
             "arm": str(arms["names"][a]),
+            "policy_seed": int(arms["policy_seed"][a]),
             "env": e,
             "epoch": t + 1,
             "slot": s,

@@ -5,11 +5,15 @@
     run, metrics = train.update(key, run)        # one round; the same key every time, the round number is in `run`
     result = train.compare(key, run, "eager")    # episodes of one controller on keys that all controllers share
 
-This is the only place that maps over environments. Environment e of round r is a function of (config, key, r, e)
-alone, so a run resumes without stored keys and does not depend on how environments are spread over devices. All
-controllers, learned or not, go through one compiled rollout: which one acts is an argument.
+P policies are trained side by side in one program: whatever belongs to one of them has a leading axis P, and policy p
+of a run is the one that it would be alone. `run.hypers` too, so a grid of reward weights or learning rates is one run.
 
-Axis letters: E environments, T epochs of an episode, S slots, D features.
+This is the only place that maps over environments and over policies. Environment e of round r of policy p is a function
+of (config, key, p, r, e) alone, so a run resumes without stored keys and does not depend on how environments are spread
+over devices. All controllers, learned or not, go through one compiled rollout: which one acts is an argument. So does
+the *twin* that the reward `paired` compares with: the same keys under `never`.
+
+Axis letters: P policies, E environments, T epochs of an episode, S slots, D features.
 """
 
 from __future__ import annotations
@@ -29,41 +33,62 @@ from esper_jax.config import Config
 from esper_jax.control import baselines, heuristic, normalizers, policy, ppo
 from esper_jax.control.normalizers import RunningStatistics
 from esper_jax.devices import EACH, SAME
-from esper_jax.env import observation
+from esper_jax.env import observation, reward
 from esper_jax.env.environment import StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
+from esper_jax.env.reward import RewardWeights
 from esper_jax.network.blueprints import CNN
 from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Controller, Masks
 
-POLICY = "policy"
-# What a run's key is folded with, before the round number and the environment's.
-INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
+BASELINE, POLICY, GREEDY = "never", "policy", "policy_greedy"
+LEARNED = (POLICY, GREEDY)
+# What a run's key is folded with; a policy's own key before the round number and the environment's.
+LEARNER_STREAM, COMPARE_STREAM = range(2)
+INIT_STREAM, ROUND_STREAM = range(2)
+
+
+@struct.dataclass
+class Hypers:
+    """What a study varies without recompiling; of one policy, or of P of them with a leading axis."""
+
+    reward: RewardWeights  # its gamma is not read: the learner's is
+    ppo: ppo.Hypers
+
+    @classmethod
+    def from_config(cls, cfg: Config) -> Hypers:
+        weights = RewardWeights.from_config(cfg.reward, cfg.ppo.gamma, cfg.lifecycle.min_prune_age)
+        return cls(weights, ppo.Hypers.from_config(cfg.ppo))
+
+    @property
+    def weights(self) -> RewardWeights:
+        """The reward's weights; shaping and learner discount alike."""
+        return self.reward.replace(gamma=self.ppo.gamma)
 
 
 @struct.dataclass
 class RunState:
-    """Everything that a run carries from round to round."""
+    """Everything that a run carries from round to round; all but `round` have a leading axis P."""
 
     round: Array  # i32[] rounds done
+    hypers: Hypers
     learner: ppo.LearnerState
     observations: RunningStatistics  # [D] of the features; frozen within a round
-    rewards: RunningStatistics  # [1] of the rewards
+    returns: RunningStatistics  # [1] of the discounted returns, whose deviation is the unit of the rewards
 
 
 @struct.dataclass
 class Rollout:
-    """Episodes of E environments, axes [E, T, ...]. Row 0 is an episode's birth: its first epoch, before any
-    decision."""
+    """Episodes, axes [P, E, T, ...]. Row 0 of T is an episode's birth: its first epoch, before any decision."""
 
-    features: Array  # f32[E, T, D] as encoded, not normalised
+    features: Array  # f32[P, E, T, D] as encoded, not normalised
     masks: Masks
     action: Action
-    log_prob: Array  # f32[E, T]
-    value: Array  # f32[E, T]
-    reward: Array  # f32[E, T]
-    terminal: Array  # bool[E, T]
-    reset: Array  # bool[E, T] the controller's memory was cleared before this row
+    log_prob: Array  # f32[P, E, T]
+    value: Array  # f32[P, E, T]
+    reward: Array  # f32[P, E, T]
+    terminal: Array  # bool[P, E, T]
+    reset: Array  # bool[P, E, T] the controller's memory was cleared before this row
     info: StepInfo
 
 
@@ -72,50 +97,53 @@ class Metrics:
     """What a round reports."""
 
     rollout: Rollout
-    learner: dict[str, Array]  # see ppo.update
+    learner: dict[str, Array]  # [P], see ppo.update; with return_scale, the deviation that rewards are divided by
 
 
 @struct.dataclass
 class Comparison:
-    """Episodes of one controller and what the report-test split says about the networks they ended with."""
+    """Episodes of one controller and what the report-test split says about the networks they ended with.
+
+    Axes [P, R, ...] with R = `report_envs`; P is 1 for a rule.
+    """
 
     rollout: Rollout
-    test: Evaluation  # leading axis E
-    germinated: Array  # i32[E]
-    fossilised: Array  # i32[E]
-    pruned: Array  # i32[E]
-    rollbacks: Array  # i32[E]
+    test: Evaluation
+    germinated: Array  # i32[P, R]
+    fossilised: Array
+    pruned: Array
+    rollbacks: Array
 
 
 class Train(NamedTuple):
     """Pure functions of a run; see the module's docstring."""
 
-    init: Callable  # key -> RunState
+    init: Callable  # (key, Hypers = those of the configuration) -> RunState
     update: Callable  # (key, RunState) -> (RunState, Metrics)
-    compare: Callable  # (key, RunState, controller name) -> Comparison
+    compare: Callable  # (key, RunState, controller name, its twin's Comparison = None) -> Comparison
     controllers: tuple[str, ...]
     dataset: data.Dataset
-    rollout: Callable  # (dataset, RunState, key, controller number, environment numbers) -> (Rollout, EnvState)
-    learn: Callable  # (key, RunState, Rollout) -> (RunState, metrics)
+    rollout: Callable  # (dataset, RunState, keys [P], controller, policies [P, E], environments [P, E]) -> episodes
+    pay: Callable  # (Hypers, policies [P, E], Rollout, twin's losses [P, E, T]) -> Rollout
+    learn: Callable  # (keys [P], RunState, Rollout) -> (RunState, metrics [P])
     report: Callable  # (dataset, EnvState) -> Evaluation
-    start: Callable  # key -> RunState, not yet on every device
-    keys: Callable  # (key, round number) -> keys of its rollout and of its update
+    start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
+    keys: Callable  # (key, round number) -> keys [P] of its rollouts and of its updates
 
 
 def default_controllers(cfg: Config) -> dict[str, Controller]:
     """The rules that a learned policy has to beat, with the blueprints that the configuration offers."""
     offered = [name for name in cfg.lifecycle.blueprints if name != "noop"]
-    largest = max(offered, key=lambda name: CNN[name].param_count(cfg.host.widths[-1]))
+    largest = [max(offered, key=lambda name: CNN[name].param_count(width)) for width in cfg.host.slot_widths]
     rotation = tuple(name for name in heuristic.HeuristicConfig().rotation if name in offered)
+    regular = "conv_light" if "conv_light" in offered else largest[-1]
     return {
-        "never": baselines.never(),
+        BASELINE: baselines.never(),
         "random": baselines.random(),
         "eager": baselines.eager(largest, lifecycle=cfg.lifecycle),
-        "periodic": baselines.periodic(
-            blueprint="conv_light" if "conv_light" in offered else largest, lifecycle=cfg.lifecycle
-        ),
+        "periodic": baselines.periodic(blueprint=regular, lifecycle=cfg.lifecycle),
         "heuristic": heuristic.make_controller(
-            heuristic.HeuristicConfig(rotation=rotation or (largest,), available=tuple(offered))
+            heuristic.HeuristicConfig(rotation=rotation or (largest[-1],), available=tuple(offered))
         ),
     }
 
@@ -140,8 +168,12 @@ def choose(controllers: list[Controller], number: Array) -> Controller:
 
 
 def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
-    """`fun` mapped over the leading axis, `chunk` at a time; a fixed chunk makes results independent of E."""
-    return lax.map(fun, xs) if chunk == 1 else lax.map(fun, xs, batch_size=chunk)
+    """`fun` mapped over the two leading axes [P, E], `chunk` at a time; a fixed chunk makes results independent of
+    how many there are."""
+    shape = jax.tree.leaves(xs)[0].shape[:2]
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), xs)
+    out = lax.map(fun, flat) if chunk == 1 else lax.map(fun, flat, batch_size=chunk)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
 
 
 def make_train(
@@ -153,30 +185,35 @@ def make_train(
 
     Args:
       dataset: by default the one that `cfg.data` names.
-      controllers: rules to compare the learned policy with, by name; by default `default_controllers(cfg)`.
+      controllers: rules to compare the learned policies with, by name; by default `default_controllers(cfg)`. `never`
+        is always among them.
 
     Raises ValueError if environments cannot be spread evenly over the devices, chunks and minibatches.
     """
     mesh = devices.make_mesh(cfg.devices)
     devices.check_divides(mesh, "n_envs", cfg.n_envs, "env_chunk", cfg.env_chunk)
     devices.check_divides(mesh, "n_envs", cfg.n_envs, "ppo.minibatches", cfg.ppo.minibatches)
-    devices.check_divides(mesh, "report_envs", cfg.report_envs, "env_chunk", cfg.env_chunk)
     dataset = devices.replicate(data.load(cfg.data) if dataset is None else dataset, mesh)
     rules = dict(default_controllers(cfg) if controllers is None else controllers)
-    if POLICY in rules:
-        raise ValueError(f"a controller called {POLICY!r} is given: that name is the learned policy's")
-    names = (*rules, POLICY)
-    n_slots = len(cfg.host.slot_names)
+    for name in LEARNED:
+        if name in rules:
+            raise ValueError(f"a controller called {name!r} is given: that name is the learned policy's")
+    rules = {BASELINE: baselines.never()} | rules
+    n_slots, n_policies = len(cfg.host.slot_names), cfg.policy_seeds
     n_features = observation.size(n_slots)
+    decided = jnp.arange(cfg.training.epochs) > 0  # rows that a decision began
 
-    def rollout(dataset, run: RunState, key, number, env_ids, axis_name):
-        env = make_env(cfg, dataset)
-        learned = policy.make_controller(run.learner.params, partial(normalizers.normalise, run.observations))
-        controller = choose([*rules.values(), learned], number)
-
-        def episode(env_id):
-            env_key = jax.random.fold_in(key, env_id)
-            init_key, step_key, act_key = jax.random.split(env_key, 3)
+    def rollout(dataset, run: RunState, keys, number, policies, env_ids, axis_name):
+        def episode(which):
+            learner, env_id = which
+            params, statistics, hypers = jax.tree.map(
+                lambda leaf: leaf[learner], (run.learner.params, run.observations, run.hypers)
+            )
+            env = make_env(cfg, dataset, hypers.weights)
+            normalise = partial(normalizers.normalise, statistics)
+            learned = [policy.make_controller(params, normalise, deterministic=greedy) for greedy in (False, True)]
+            controller = choose([*rules.values(), *learned], number)
+            init_key, step_key, act_key = jax.random.split(jax.random.fold_in(keys[learner], env_id), 3)
             state = env.init(init_key)
             fresh = controller.init(act_key)
 
@@ -187,59 +224,88 @@ def make_train(
                 # a newborn environment trains its first epoch before there is anything to decide
                 birth = t == 0
                 memory, action = select(birth, (memory, Action()), (thought, action))
-                new_state, new_obs, reward, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
-                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, reward, done, reset, info)
+                new_state, new_obs, paid, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
+                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, paid, done, reset, info)
                 return (new_state, new_obs, memory, done), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))
             (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
             return rows, state
 
-        return over_environments(episode, env_ids, cfg.env_chunk)
+        return over_environments(episode, (policies, env_ids), cfg.env_chunk)
 
-    def learn(key, run: RunState, rows: Rollout, axis_name):
-        scale = jnp.sqrt(run.rewards.var[0] + normalizers.EPS)
+    def pay(hypers: Hypers, policies, rows: Rollout, twin_loss, axis_name):
+        fine = reward.death(cfg.governor.death_penalty, cfg.reward.clip)
+
+        def one(learner, info, twin_loss):
+            weights = jax.tree.map(lambda leaf: leaf[learner], hypers.weights)
+            return reward.paired(reward.Course.of(info), twin_loss, weights, fine)
+
+        components = jax.vmap(jax.vmap(one))(policies, rows.info, twin_loss)
+        return rows.replace(reward=components.total(), info=rows.info.replace(components=components))
+
+    def learn_one(key, number, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
+        """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
         # the penalty of a rollback keeps its size whatever the other rewards are like
-        reward = jnp.where(rows.info.panic, rows.reward, jnp.clip(rows.reward / scale, -clip, clip))
-        valid = jnp.broadcast_to(jnp.arange(cfg.training.epochs) > 0, reward.shape)
+        earned = jnp.where(rows.info.panic | ~decided, 0.0, rows.reward)
+        sums = jax.vmap(partial(ppo.discounted_sums, gamma=hypers.ppo.gamma))(earned, rows.terminal)
+        returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1), axis_name=axis_name)
+        scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
         trajectory = ppo.Trajectory(
-            features=normalizers.normalise(run.observations, rows.features),
+            features=normalizers.normalise(observations, rows.features),
             masks=rows.masks,
             action=rows.action,
             log_prob=rows.log_prob,
             value=rows.value,
-            reward=reward,
+            reward=jnp.where(rows.info.panic, rows.reward, jnp.clip(rows.reward / scale, -clip, clip)),
             terminal=rows.terminal,
-            valid=valid,
+            valid=jnp.broadcast_to(decided, rows.reward.shape),
             reset=rows.reset,
         )
         trajectory = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trajectory)
-        learner, metrics = ppo.update(key, run.learner, trajectory, cfg=cfg.ppo, axis_name=axis_name)
+        learner, metrics = ppo.update(key, learner, trajectory, cfg=cfg.ppo, hypers=hypers.ppo, axis_name=axis_name)
         seen = rows.features[:, 1:].reshape(-1, n_features)
-        paid = jnp.where(rows.info.panic, jnp.clip(rows.reward, -clip, clip), rows.reward)[:, 1:].reshape(-1, 1)
-        return RunState(
-            round=run.round + 1,
-            learner=learner,
-            observations=normalizers.update(run.observations, seen, axis_name=axis_name),
-            rewards=normalizers.update(run.rewards, paid, axis_name=axis_name),
-        ), metrics
+        observations = normalizers.update(observations, seen, axis_name=axis_name)
+        return learner, observations, returns, metrics | {"return_scale": scale}
+
+    def learn(keys, run: RunState, rows: Rollout, axis_name):
+        each = (keys, run.hypers, run.learner, run.observations, run.returns, rows)
+        one = lambda x: learn_one(x[0], run.round, *x[1:], axis_name=axis_name)
+        learner, observations, returns, metrics = lax.map(one, each)
+        return RunState(run.round + 1, run.hypers, learner, observations, returns), metrics
 
     def report(dataset, states, axis_name):
         return over_environments(make_env(cfg, dataset).report, states, cfg.env_chunk)
 
-    def start(key):
-        learner = ppo.init_learner(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
-        return strong(RunState(jnp.int32(0), learner, normalizers.init(n_features), normalizers.init(1)))
+    def policy_keys(key):
+        own = partial(jax.random.fold_in, jax.random.fold_in(key, LEARNER_STREAM))
+        return jax.vmap(own)(jnp.arange(n_policies))
+
+    def start(key, hypers: Hypers | None = None):
+        def one(key):
+            learner = ppo.init_learner(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
+            return learner, normalizers.init(n_features), normalizers.init(1)
+
+        if hypers is None:
+            spread = lambda leaf: jnp.broadcast_to(leaf, (n_policies,))
+            hypers = jax.tree.map(spread, Hypers.from_config(cfg))
+        return strong(RunState(jnp.int32(0), hypers, *lax.map(one, policy_keys(key))))
 
     def keys(key, number):
-        round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number)
-        return tuple(jax.random.split(round_key))
+        def one(key):
+            return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number))
 
-    rollout = devices.over_devices(rollout, mesh, (SAME, SAME, SAME, SAME, EACH), EACH)
+        both = jax.vmap(one)(policy_keys(key))
+        return both[:, 0], both[:, 1]
+
+    names = (*rules, *LEARNED)
+    rollout = devices.over_devices(rollout, mesh, (SAME, SAME, SAME, SAME, EACH, EACH), EACH)
+    pay = devices.over_devices(pay, mesh, (SAME, EACH, EACH, EACH), EACH)
     learn = devices.over_devices(learn, mesh, (SAME, SAME, EACH), SAME)
     report = devices.over_devices(report, mesh, (SAME, EACH), EACH)
-    return bind(cfg, dataset, names, rollout=rollout, learn=learn, report=report, start=jax.jit(start), keys=keys)
+    programs = dict(rollout=rollout, pay=pay, learn=learn, report=report, start=jax.jit(start), keys=jax.jit(keys))
+    return bind(cfg, dataset, names, **programs)
 
 
 def bind(
@@ -248,6 +314,7 @@ def bind(
     names: tuple[str, ...],
     *,
     rollout: Callable,
+    pay: Callable,
     learn: Callable,
     report: Callable,
     start: Callable,
@@ -257,31 +324,63 @@ def bind(
 
     Args:
       names: of the controllers, in the order of their numbers.
-      rollout, learn, report, start, keys: see `Train`.
+      rollout, pay, learn, report, start, keys: see `Train`.
     """
     mesh = devices.make_mesh(cfg.devices)
+    n_policies, paired = cfg.policy_seeds, cfg.reward.mode == "paired"
+    number = {name: jnp.int32(i) for i, name in enumerate(names)}
+    policies, environments = everyone(cfg)
 
-    def env_ids(n: int) -> np.ndarray:
-        return np.arange(n, dtype=np.int32)  # not of JAX, which would compile a program to fill it and one to split it
-
-    def init(key: Array) -> RunState:
-        return devices.replicate(start(key), mesh)
+    def init(key: Array, hypers: Hypers | None = None) -> RunState:
+        return devices.replicate(start(key, hypers), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
-        env_key, learn_key = keys(key, run.round)
-        number = jnp.int32(names.index(POLICY))
-        rows, _ = rollout(dataset, run, devices.replicate(env_key, mesh), number, env_ids(cfg.n_envs))
-        run, metrics = learn(learn_key, run, rows)
-        return run, Metrics(rows, metrics)
+        env_keys, learn_keys = devices.replicate(keys(key, run.round), mesh)
+        play = lambda name: rollout(dataset, run, env_keys, number[name], policies, environments)[0]
+        rows = play(POLICY)
+        if paired:
+            rows = pay(run.hypers, policies, rows, play(BASELINE).info.val_loss)
+        run, metrics = learn(learn_keys, run, rows)
+        # some leaves come back under another name of the same placement, for which all would be compiled again
+        return devices.replicate(run, mesh), Metrics(rows, metrics)
 
-    def compare(key: Array, run: RunState, controller: str) -> Comparison:
+    def compare(key: Array, run: RunState, controller: str, twin: Comparison | None = None) -> Comparison:
+        """Episodes of one controller in environments 0 to R - 1, each policy in all of them. They are played in blocks
+        of the size of a round, which is compiled already; what a last block has too many is dropped.
+
+        Args:
+          twin: the comparison of `never`, so that it need not be played again for each controller.
+        """
         if controller not in names:
             raise ValueError(f"controller {controller!r}: must be one of {', '.join(names)}")
-        # placed like the key of a round, or the rollout would be compiled a second time
-        env_key = devices.replicate(jax.random.fold_in(key, COMPARE_STREAM), mesh)
-        number = jnp.int32(names.index(controller))
-        rows, states = rollout(dataset, run, env_key, number, env_ids(cfg.report_envs))
-        test = report(dataset, states)
-        return Comparison(rows, test, states.germinated, states.fossilised, states.pruned, states.rollbacks)
+        env_keys = devices.replicate(jnp.stack([jax.random.fold_in(key, COMPARE_STREAM)] * n_policies), mesh)
+        played = n_policies if controller in LEARNED else 1
+        wanted = np.stack(np.meshgrid(np.arange(played), np.arange(cfg.report_envs), indexing="ij"), -1).reshape(-1, 2)
+        if paired and twin is None and controller != BASELINE:
+            twin = compare(key, run, BASELINE)
+        results = []
+        for start in range(0, len(wanted), policies.size):
+            block = np.resize(wanted[start : start + policies.size], (policies.size, 2)).astype(np.int32)
+            learner, env = (column.reshape(policies.shape) for column in block.T)
+            rows, states = rollout(dataset, run, env_keys, number[controller], learner, env)
+            if paired:
+                loss = rows.info.val_loss if controller == BASELINE else twin.rollout.info.val_loss[0][env]
+                rows = pay(run.hypers, learner, rows, devices.split(loss, mesh))
+            counts = (states.germinated, states.fossilised, states.pruned, states.rollbacks)
+            results.append(jax.device_get(Comparison(rows, report(dataset, states), *counts)))
+        flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+        join = lambda *parts: np.concatenate([flat(part) for part in parts])[: len(wanted)]
+        unflat = lambda leaf: leaf.reshape(played, cfg.report_envs, *leaf.shape[1:])
+        return jax.tree.map(lambda *parts: unflat(join(*parts)), *results)
 
-    return Train(init, update, compare, names, dataset, rollout, learn, report, start, keys)
+    return Train(init, update, compare, names, dataset, rollout, pay, learn, report, start, keys)
+
+
+def everyone(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """i32[P, E] twice: the policy and the environment of each episode of a round.
+
+    Arrays of NumPy: of JAX, they would cost a program to fill them and one to split them.
+    """
+    policies = np.repeat(np.arange(cfg.policy_seeds, dtype=np.int32)[:, None], cfg.n_envs, axis=1)
+    environments = np.repeat(np.arange(cfg.n_envs, dtype=np.int32)[None], cfg.policy_seeds, axis=0)
+    return policies, environments

@@ -37,7 +37,7 @@ from esper_jax.console import Console, round_note, text_table
 from esper_jax.control import baselines
 from esper_jax.network import cnn
 from esper_jax.startup_cache import StartupCache, cache_folder
-from esper_jax.train import RunState, Train, default_controllers
+from esper_jax.train import BASELINE, LEARNED, RunState, Train, default_controllers
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -53,7 +53,7 @@ class Options:
     preset: Literal["smoke", "quick", "full"] = "quick"
     """size of the job; by default full on a GPU, else quick"""
     data: Literal["auto", "cifar10", "shapes", "digits"] = "auto"
-    """auto takes CIFAR-10 if it can be had, else the synthetic shapes, and says so"""
+    """auto takes CIFAR-10 if it can be had, else the digits, and says so"""
     data_dir: Path | None = None
     """folder that holds the CIFAR-10 files; none looks in $ESPER_DATA and the user's cache, then downloads"""
     out: Path | None = None
@@ -96,10 +96,11 @@ def parse(argv: list[str]) -> Options:
         card = json.loads((Path(asked.resume) / "run.json").read_text())
         preset, cfg = card["preset"], Config.from_json(json.dumps(card["config"]))
     else:
-        cfg = presets.get(preset)
-        cfg = cfg.replace(host=presets.host("digits")) if asked.data == "digits" else cfg
-    if asked.data in ("auto", "cifar10", "shapes", "digits"):
-        cfg = cfg.replace(**{"data.name": asked.data})
+        name = asked.data if asked.data in ("cifar10", "shapes", "digits") else "auto"
+        if name == "auto":  # the sizes depend on the data; who only wants to read the help does not wait for a server
+            helping = {"-h", "--help"} & set(argv)
+            name = "digits" if helping else data.resolve(_folder(asked.data_dir), announce=_warn)
+        cfg = presets.get(preset, name)
     if asked.data_dir:
         cfg = cfg.replace(**{"data.data_dir": asked.data_dir})
     options = tyro.cli(Options, args=argv, prog=PROGRAM, default=Options(preset, cfg.data.name, config=cfg))
@@ -114,6 +115,16 @@ def parse(argv: list[str]) -> Options:
     return options
 
 
+def _folder(data_dir: str | None) -> str | None:
+    if data_dir and not Path(data_dir).expanduser().is_dir():
+        raise ValueError(f"--data-dir {data_dir}: must be a folder that exists and holds the CIFAR-10 files")
+    return data_dir
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def prepare(options: Options, argv: list[str]) -> Job:
     """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError."""
     now = datetime.now()
@@ -122,14 +133,14 @@ def prepare(options: Options, argv: list[str]) -> Job:
     out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
     if not options.resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
-    if not options.resume and cfg.data.data_dir and not Path(cfg.data.data_dir).expanduser().is_dir():
-        raise ValueError(f"--data-dir {cfg.data.data_dir}: must be a folder that exists and holds the CIFAR-10 files")
+    if not options.resume:
+        _folder(cfg.data.data_dir)
     rules = default_controllers(cfg)
     script = json.loads((out / "run.json").read_text()).get("script") if options.resume else None
     script = options.script.read_text() if options.script else script
     if script is not None:
         rules["script"] = baselines.script(baselines.parse_script(script))
-    header(console, options, cfg, out, controllers=len(rules) + 1)
+    header(console, options, cfg, out, rules=len(rules))
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
     if options.preset == "full" and jax.default_backend() == "cpu":
@@ -196,19 +207,22 @@ def start(job: Job) -> Job:
     return job._replace(train=train, run=first.result() if first else job.run)
 
 
-def header(console: Console, options: Options, cfg: Config, out: Path, controllers: int) -> None:
+def header(console: Console, options: Options, cfg: Config, out: Path, rules: int) -> None:
     channels = 1 if cfg.data.name == "digits" else 3
     host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
     device, epochs = provenance.device(cfg), cfg.training.epochs
-    total = epochs * (cfg.rounds * cfg.n_envs + controllers * cfg.report_envs)
+    twins = " and their twins" if cfg.reward.mode == "paired" else ""
+    rounds = cfg.policy_seeds * cfg.rounds * cfg.n_envs * (2 if twins else 1)
+    total = epochs * (rounds + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
     console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
     console.facts({
         "run": str(out),
         "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
         "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
         + "blueprints " + " ".join(name for name in cfg.lifecycle.blueprints if name != "noop"),
-        "plan": f"{cfg.rounds} rounds x {cfg.n_envs} environments x {epochs} epochs, then {controllers} arms x "
-        f"{cfg.report_envs} environments: {total:,} epochs of a host",
+        "plan": f"{cfg.policy_seeds} policies x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
+        f"epochs, then {rules} rules and {len(LEARNED)} ways to act of each policy x {cfg.report_envs} environments: "
+        f"{total:,} epochs of a host",
     })  # fmt: skip
 
 
@@ -230,10 +244,11 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     arms = {}
-    with job.console.bar("arm", len(job.train.controllers)) as advance:
-        for name in job.train.controllers:
-            arms[name] = jax.device_get(job.train.compare(job.key, run, name))
-            advance(f"{name:<10} report-test accuracy {arms[name].test.accuracy.mean():.1f}")
+    names = sorted(job.train.controllers, key=lambda name: name != BASELINE)  # the others are compared with it
+    with job.console.bar("arm", len(names)) as advance:
+        for name in names:
+            arms[name] = job.train.compare(job.key, run, name, arms.get(BASELINE))
+            advance(f"{name:<13} report-test accuracy of what was kept {arms[name].test.committed.mean():.1f}")
     return telemetry.arm_arrays(arms)
 
 
@@ -247,7 +262,7 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         telemetry.write_lines(out / "lifecycle.jsonl", telemetry.lifecycle(metrics))
         telemetry.write_csv(out / "outcomes.csv", telemetry.outcomes(metrics), telemetry.OUTCOMES)
         pictures = {}
-        for draw in (plots.curves, plots.seeds) + ((plots.learning,) if job.cfg.rounds else ()):
+        for draw in (plots.grown, plots.curves, plots.seeds) + ((plots.learning,) if job.cfg.rounds else ()):
             path = out / f"{draw.__name__}.png"
             pictures[path] = draw(path, metrics, name)
         rows, claim = report.table(metrics), report.sentence(metrics, name)

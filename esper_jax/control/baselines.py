@@ -58,11 +58,14 @@ def random() -> Controller:
     return Controller(init=lambda key: (), act=act)
 
 
-def eager(blueprint: str = "conv_heavy", *, lifecycle: LifecycleConfig = LifecycleConfig()) -> Controller:
+def eager(
+    blueprint: str | Sequence[str] = "conv_heavy", *, lifecycle: LifecycleConfig = LifecycleConfig()
+) -> Controller:
     """Grows everywhere at once: a seed in every empty slot, taken to fossilisation as fast as the gates allow.
 
     One op per epoch; first what starts a seed, then what finishes one. Blends by linear ADD, fast, to alpha 1; never
-    prunes. `lifecycle` is the environment's, whose gates decide when a seed is ready.
+    prunes. `blueprint` is one for all slots or one per slot; `lifecycle` is the environment's, whose gates decide when
+    a seed is ready.
 
     Raises:
       ValueError: if `blueprint` is noop or not one of `lifecycle.blueprints`.
@@ -100,13 +103,16 @@ def periodic(
     return Controller(init=lambda key: jnp.int32(-1), act=act)
 
 
-def _germination(blueprint: str, lifecycle: LifecycleConfig) -> Action:
+def _germination(blueprint: str | Sequence[str], lifecycle: LifecycleConfig) -> Action:
+    """Germination of one blueprint, or of one per slot: then `blueprint` is i32[S]."""
     offered = [name for name in lifecycle.blueprints if name != "noop"]
-    if blueprint not in offered:
-        raise ValueError(f"blueprint = {blueprint!r}: must be one of {', '.join(offered)}")
+    for name in [blueprint] if isinstance(blueprint, str) else blueprint:
+        if name not in offered:
+            raise ValueError(f"blueprint = {name!r}: must be one of {', '.join(offered)}")
+    index = BLUEPRINTS.index(blueprint) if isinstance(blueprint, str) else [BLUEPRINTS.index(b) for b in blueprint]
     return Action(
         op=jnp.int32(Op.GERMINATE),
-        blueprint=jnp.int32(BLUEPRINTS.index(blueprint)),
+        blueprint=jnp.asarray(index, jnp.int32),
         style=jnp.int32(STYLES.index("linear_add")),
         tempo=jnp.int32(TEMPO_EPOCHS.index(min(TEMPO_EPOCHS))),
         alpha_target=jnp.int32(ALPHA_TARGETS.index(1.0)),
@@ -124,9 +130,12 @@ def _nurse(
     no gate that will fail."""
     masks = obs.masks
     ready = stages.gate(obs.slots, cfg).passed
-    heads = ("blueprint", "style", "tempo", "alpha_target")
-    offered = jnp.stack([getattr(masks, head)[getattr(germination, head)] for head in heads]).all()
-    start = (germination, masks.slot_by_op[Op.GERMINATE] & offered & may_germinate)
+    offered = masks.blueprint[germination.blueprint]
+    for head in ("style", "tempo", "alpha_target"):
+        offered &= getattr(masks, head)[getattr(germination, head)]
+    where = masks.slot_by_op[Op.GERMINATE] & offered & may_germinate
+    mine = jnp.broadcast_to(germination.blueprint, where.shape)[jnp.argmax(where)]
+    start = (germination.replace(blueprint=mine), where)
     finish = (
         (Action(op=jnp.int32(Op.ADVANCE)), masks.slot_by_op[Op.ADVANCE] & ready),
         (Action(op=jnp.int32(Op.FOSSILIZE)), masks.slot_by_op[Op.FOSSILIZE] & ready),

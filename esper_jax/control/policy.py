@@ -1,13 +1,14 @@
 """The learned controller (Esper's Tamiyo): a recurrent actor-critic over masked, op-first action heads.
 
 Linear -> LayerNorm -> ReLU -> LSTM -> LayerNorm, then a two-layer head for every part of an action and for V(s). The op
-is drawn first, the slot from those legal for it; a head that the op does not read is set to its canonical value
-(`types.Action()`) and carries neither log-probability nor entropy. H is the hidden size.
+is drawn first, the slot from those legal for it, then the other parts, whose logits depend on the slot: what is good in
+one slot need not be in another. A head that the op does not read is set to its canonical value (`types.Action()`) and
+carries neither log-probability nor entropy. H is the hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ FORGET_BIAS = 2.0  # one bias vector; the reference has two with 1.0 each
 NORM_EPS = 1e-5
 # RELEVANCE[op, i]: op reads head HEADS[i]; every op reads the op head.
 RELEVANCE = np.array([[head == "op" or head in RELEVANT_HEADS[op] for head in HEADS] for op in Op])
-_OP = HEADS.index("op")
+_OP, _SLOT = HEADS.index("op"), HEADS.index("slot")
+_FIRST = ("op", "slot")  # what the logits of the other heads are given
 
 
 class Carry(NamedTuple):
@@ -37,7 +39,7 @@ class Carry(NamedTuple):
 class PolicyOutput:
     """What the network says about one observation."""
 
-    logits: dict[str, Array]  # head -> f32[choices], unmasked
+    logits: dict[str, Array]  # unmasked; of op and slot f32[choices], of every other head f32[S, choices], by slot
     value: Array  # f32[] V(s)
 
 
@@ -93,12 +95,17 @@ class _Network(nn.Module):
         self.gates = nn.Dense(4 * self.hidden, kernel_init=nn.initializers.orthogonal(), bias_init=_forget_bias)
         self.recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden))
         self.output_norm = nn.LayerNorm(epsilon=NORM_EPS)
-        sizes = HEAD_SIZES | {"slot": self.n_slots}
+        sizes = {head: self._shape(head)[-1] * (1 if head in _FIRST else self.n_slots) for head in HEADS}
         # The hidden layers of all heads are one matrix product: the same network, with fewer and larger pieces.
         heads = len(HEADS) + 1
         self.head_hidden = nn.Dense(heads * (self.hidden // 2), kernel_init=_orthogonal_blocks(np.sqrt(2), heads))
         self.head_output = {head: _dense(sizes[head], 0.01) for head in HEADS}
         self.value_output = _dense(1, 1.0)
+
+    def _shape(self, head: str) -> tuple[int, ...]:
+        """Of a head's logits."""
+        size = self.n_slots if head == "slot" else HEAD_SIZES[head]
+        return (size,) if head in _FIRST else (self.n_slots, size)
 
     def encode(self, features: Array) -> Array:
         """f32[..., D] -> what the input adds to the four gates, f32[..., 4H]."""
@@ -115,7 +122,10 @@ class _Network(nn.Module):
         """f32[..., H] -> logits and values with the same leading axes."""
         z = nn.relu(self.head_hidden(self.output_norm(hidden)))
         *actors, critic = jnp.split(z, len(HEADS) + 1, axis=-1)
-        logits = {head: self.head_output[head](part) for head, part in zip(HEADS, actors, strict=True)}
+        logits = {
+            head: self.head_output[head](part).reshape(*part.shape[:-1], *self._shape(head))
+            for head, part in zip(HEADS, actors, strict=True)
+        }
         return PolicyOutput(logits, self.value_output(critic)[..., 0])
 
     def __call__(self, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
@@ -134,13 +144,17 @@ def hidden_size(params: dict) -> int:
     return params["params"]["recurrent"].shape[-2]
 
 
-def init(key: Array, n_features: int, n_slots: int, hidden: int) -> dict:
+def init(key: Array, n_features: int, n_slots: int, hidden: int, op_bias: Sequence[float] = (0.0,) * len(Op)) -> dict:
     """Fresh parameters for D = `n_features` and S = `n_slots`.
 
     Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, so
-    the first policy is almost uniform. Biases are 0, that of the forget gate 2.
+    the first policy is almost uniform but for `op_bias`, the biases of the ops' logits. Other biases are 0, that of the
+    forget gate 2.
     """
-    return _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
+    params = _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
+    op = params["params"]["head_output_op"]
+    inner = params["params"] | {"head_output_op": op | {"bias": jnp.asarray(op_bias, jnp.float32)}}
+    return {**params, "params": inner}
 
 
 def initial_carry(hidden: int) -> Carry:
@@ -170,7 +184,7 @@ def unroll(
       valid: bool[T], rows at which the controller acted; the others leave the state as it is. None means all.
 
     Returns:
-      logits f32[T, choices] per head, and values f32[T].
+      logits per head, with a leading T, and values f32[T].
     """
     network = _network(params)
     valid = jnp.ones_like(resets) if valid is None else valid
@@ -185,6 +199,11 @@ def unroll(
     _, hidden = jax.lax.scan(body, carry, (gates, resets, valid))
     out = network.apply(params, hidden, method="decode")
     return out.logits, out.value
+
+
+def _given(logits: dict[str, Array], slot: Array) -> dict[str, Array]:
+    """Every head's logits f32[choices] once the slot is known."""
+    return {head: row if head in _FIRST else row[slot] for head, row in logits.items()}
 
 
 def _table(rows: dict[str, Array]) -> Array:
@@ -221,10 +240,14 @@ def sample(key: Array, logits: dict[str, Array], masks: Masks, *, deterministic:
     Returns:
       the action, its irrelevant heads canonical, and the joint log-probability f32[] of the relevant ones.
     """
-    scores = _table(logits)
-    if not deterministic:  # Gumbel-max: the largest of noisy logits is a draw from the categorical
-        scores += jax.random.gumbel(key, scores.shape)
-    op = jnp.argmax(_masked(scores[_OP, : len(Op)], masks.op))
+    scores = _table(_given(logits, jnp.int32(0)))
+    # Gumbel-max: the largest of noisy logits is a draw from the categorical
+    noise = jnp.zeros(scores.shape) if deterministic else jax.random.gumbel(key, scores.shape)
+    noisy = scores + noise
+    op = jnp.argmax(_masked(noisy[_OP, : len(Op)], masks.op))
+    by_op = masks.slot_by_op[op]
+    slot = jnp.argmax(_masked(noisy[_SLOT, : by_op.shape[0]], by_op))
+    scores = _table(_given(logits, slot)) + noise
     choices = jnp.argmax(_masked(scores, _mask_table(masks, op)), axis=-1)
     canonical = jnp.stack([getattr(Action(), head) for head in HEADS])
     choices = jnp.where(jnp.asarray(RELEVANCE)[op], choices, canonical).astype(jnp.int32)
@@ -235,7 +258,7 @@ def sample(key: Array, logits: dict[str, Array], masks: Masks, *, deterministic:
 def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluation:
     """Log-probabilities and normalised entropies of one decision under these logits."""
     relevant = jnp.asarray(RELEVANCE)[action.op]
-    table, mask = _table(logits), _mask_table(masks, action.op)
+    table, mask = _table(_given(logits, action.slot)), _mask_table(masks, action.op)
     choices = jnp.stack([getattr(action, head) for head in HEADS])
     log_p = jax.nn.log_softmax(_masked(table, mask))
     log_p = jnp.take_along_axis(log_p, choices[:, None], axis=-1)[:, 0]

@@ -6,6 +6,7 @@ sequences are unrolled from the zero state with the resets of the rollout.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,22 @@ class Batch:
 
 
 @struct.dataclass
+class Hypers:
+    """What a study varies without recompiling, f32[] each and traced; the rest of `PPOConfig` is static."""
+
+    learning_rate: Array
+    gamma: Array
+    gae_lambda: Array
+    clip_ratio: Array
+    entropy_coef: Array
+    entropy_coef_final: Array
+
+    @classmethod
+    def from_config(cls, cfg: PPOConfig) -> Hypers:
+        return cls(**{name: jnp.float32(getattr(cfg, name)) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
 class LearnerState:
     """What an update changes."""
 
@@ -61,20 +78,21 @@ class LearnerState:
 
 
 def optimiser(cfg: PPOConfig) -> optax.GradientTransformation:
-    """Adam (eps 1e-5) behind a clip of the global gradient norm."""
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optax.adam(cfg.learning_rate, eps=1e-5))
+    """Adam (eps 1e-5) behind a clip of the global gradient norm; its steps are yet to be scaled by -learning_rate."""
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
 def init_learner(key: Array, cfg: PPOConfig, n_features: int, n_slots: int) -> LearnerState:
     """Fresh policy and optimiser for D = `n_features` and S = `n_slots`."""
-    params = policy.init(key, n_features, n_slots, cfg.hidden_size)
+    params = policy.init(key, n_features, n_slots, cfg.hidden_size, cfg.op_bias)
     return LearnerState(params=params, opt_state=optimiser(cfg).init(params), updates=jnp.int32(0))
 
 
-def entropy_coef(updates: Array, cfg: PPOConfig) -> Array:
+def entropy_coef(updates: Array, cfg: PPOConfig, hypers: Hypers | None = None) -> Array:
     """Entropy coefficient after so many updates: linear to `entropy_coef_final` over `anneal_rounds`; f32[]."""
+    first, final = ((hypers or cfg).entropy_coef, (hypers or cfg).entropy_coef_final)
     progress = jnp.minimum(updates / cfg.anneal_rounds, 1.0) if cfg.anneal_rounds > 0 else jnp.float32(1)
-    return cfg.entropy_coef + progress * (cfg.entropy_coef_final - cfg.entropy_coef)
+    return first + progress * (final - first)
 
 
 def gae(
@@ -83,8 +101,8 @@ def gae(
     bootstrap: Array,
     terminals: Array,
     *,
-    gamma: float,
-    lam: float,
+    gamma: Array | float,
+    lam: Array | float,
     valid: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al., 2016) along one environment.
@@ -116,6 +134,21 @@ def gae(
     return advantages, advantages + values
 
 
+def discounted_sums(rewards: Array, terminals: Array, *, gamma: Array | float) -> Array:
+    """What has been earned so far, older rewards discounted: `sum_k gamma^k r_(t-k)` since the last terminal; f32[T].
+
+    Its deviation is the unit in which rewards are given to a learner (as `VecNormalize` of Stable-Baselines does): that
+    of single rewards says little about returns.
+    """
+
+    def step(total: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, terminal = row
+        total = gamma * total + reward
+        return jnp.where(terminal, 0.0, total), total
+
+    return jax.lax.scan(step, jnp.float32(0), (rewards, terminals))[1]
+
+
 def _mean(x: Array, where: Array, axis_name: str | None) -> Array:
     """Mean over the chosen entries of all devices, 0 without any, once averaged over the devices.
 
@@ -141,14 +174,19 @@ def normalise_advantages(advantages: Array, valid: Array, *, std_floor: float, a
 
 
 def make_batch(
-    trajectory: Trajectory, bootstrap: Array | None = None, *, cfg: PPOConfig, axis_name: str | None = None
+    trajectory: Trajectory,
+    bootstrap: Array | None = None,
+    *,
+    cfg: PPOConfig,
+    hypers: Hypers | None = None,
+    axis_name: str | None = None,
 ) -> Batch:
     """Advantages and returns of a trajectory; `bootstrap` f32[E] as in `gae`, None for episodes that all ended."""
-    rows = trajectory
+    rows, gamma, lam = trajectory, (hypers or cfg).gamma, (hypers or cfg).gae_lambda
     bootstrap = jnp.zeros(rows.reward.shape[1]) if bootstrap is None else bootstrap
 
     def one(reward: Array, value: Array, last: Array, terminal: Array, valid: Array) -> tuple[Array, Array]:
-        return gae(reward, value, last, terminal, gamma=cfg.gamma, lam=cfg.gae_lambda, valid=valid)
+        return gae(reward, value, last, terminal, gamma=gamma, lam=lam, valid=valid)
 
     over_envs = jax.vmap(one, in_axes=(1, 1, 0, 1, 1), out_axes=1)
     advantages, returns = over_envs(rows.reward, rows.value, bootstrap, rows.terminal, rows.valid)
@@ -178,7 +216,13 @@ def _replay(params: Any, rows: Trajectory) -> tuple[policy.Evaluation, Array]:
 
 
 def loss(
-    params: Any, batch: Batch, *, cfg: PPOConfig, entropy_coef: Array | float, axis_name: str | None = None
+    params: Any,
+    batch: Batch,
+    *,
+    cfg: PPOConfig,
+    entropy_coef: Array | float,
+    hypers: Hypers | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Clipped surrogate + `value_coef` * half squared error of the value - `entropy_coef` * entropy.
 
@@ -192,14 +236,14 @@ def loss(
       ratio_mean, ratio_max, ratio_error (largest |r - 1|). approx_kl is the mean of (r - 1) - log r, which is never
       negative (Schulman, 2020).
     """
-    rows = batch.trajectory
+    rows, clip_ratio = batch.trajectory, (hypers or cfg).clip_ratio
     evaluation, values = jax.vmap(lambda env: _replay(params, env), in_axes=1, out_axes=1)(rows)
     decided = rows.valid & jnp.delete(rows.masks.op, int(Op.WAIT), axis=-1).any(-1)
 
     log_ratio = jnp.where(decided, evaluation.log_prob - rows.log_prob, 0.0)
     log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - cfg.clip_ratio, 1.0 + cfg.clip_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
 
     policy_loss = -_mean(surrogate, decided, axis_name)
@@ -213,7 +257,7 @@ def loss(
         "entropy": entropy,
         "op_entropy": _mean(evaluation.head_entropy[..., HEADS.index("op")], decided, axis_name),
         "approx_kl": _mean(ratio - 1.0 - log_ratio, decided, axis_name),
-        "clip_fraction": _mean(jnp.abs(ratio - 1.0) > cfg.clip_ratio, decided, axis_name),
+        "clip_fraction": _mean(jnp.abs(ratio - 1.0) > clip_ratio, decided, axis_name),
         "ratio_mean": _mean(ratio, decided, axis_name),
         "ratio_max": jnp.max(ratio),
         "ratio_error": jnp.max(jnp.abs(ratio - 1.0)),
@@ -228,6 +272,7 @@ def update(
     bootstrap: Array | None = None,
     *,
     cfg: PPOConfig,
+    hypers: Hypers | None = None,
     axis_name: str | None = None,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """`cfg.epochs` passes over `cfg.minibatches` minibatches of environments, drawn anew in each pass.
@@ -237,6 +282,7 @@ def update(
 
     Args:
       bootstrap: f32[E], see `make_batch`.
+      hypers: by default those of `cfg`.
       axis_name: mapped axis of devices, each with environments of its own and the same key and learner; gradients are
         averaged over it before the optimiser, so all end with the same learner.
 
@@ -253,15 +299,17 @@ def update(
     n_envs = trajectory.reward.shape[1]
     if n_envs % cfg.minibatches:
         raise ValueError(f"{n_envs} environments cannot be split into {cfg.minibatches} equal minibatches")
-    batch = make_batch(trajectory, bootstrap, cfg=cfg, axis_name=axis_name)
-    coef = entropy_coef(learner.updates, cfg)
+    hypers = Hypers.from_config(cfg) if hypers is None else hypers
+    batch = make_batch(trajectory, bootstrap, cfg=cfg, hypers=hypers, axis_name=axis_name)
+    coef = entropy_coef(learner.updates, cfg, hypers)
     transform = optimiser(cfg)
+    gradient = jax.grad(partial(loss, cfg=cfg, entropy_coef=coef, hypers=hypers, axis_name=axis_name), has_aux=True)
 
     def minibatch_step(state: tuple[Any, Any, Array], envs: Array) -> tuple[tuple[Any, Any, Array], dict[str, Array]]:
         params, opt_state, stopped = state
         reached = ~stopped
         part = jax.tree.map(lambda x: jnp.take(x, envs, axis=1), batch)
-        grads, metrics = jax.grad(loss, has_aux=True)(params, part, cfg=cfg, entropy_coef=coef, axis_name=axis_name)
+        grads, metrics = gradient(params, part)
         grads, metrics = mean_over_devices((grads, metrics), axis_name)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
@@ -269,6 +317,7 @@ def update(
             stopped |= metrics["approx_kl"] > KL_STOP_FACTOR * cfg.target_kl
         taken = finite & ~stopped
         changes, new_opt_state = transform.update(grads, opt_state, params)
+        changes = jax.tree.map(lambda change: -hypers.learning_rate * change, changes)
         params = select(taken, optax.apply_updates(params, changes), params)
         opt_state = select(taken, new_opt_state, opt_state)
         flags = {"counts": reached & finite, "taken": taken, "nonfinite": reached & ~finite}

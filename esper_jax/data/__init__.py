@@ -9,10 +9,29 @@ from esper_jax.config import DataConfig
 from esper_jax.data import cifar10, digits, shapes
 from esper_jax.data.pipeline import DataError, Dataset, Split, epoch_batches, normalise, split, train_batch
 
-__all__ = ["DataError", "Dataset", "Split", "epoch_batches", "load", "normalise", "train_batch"]
+__all__ = ["DataError", "Dataset", "Split", "epoch_batches", "load", "normalise", "resolve", "train_batch"]
 
 # Seconds that servers have to answer: when CIFAR-10 was asked for, and when it would only be nice to have.
 PATIENCE, AUTO_PATIENCE = 10.0, 3.0
+
+
+def resolve(
+    data_dir: str | None,
+    *,
+    announce: Callable[[str], None] = print,
+    archive: cifar10.Archive = cifar10.OFFICIAL,
+) -> str:
+    """What `auto` stands for here: `cifar10` if its files are there or can be fetched, else `digits`; `announce` then
+    receives one line that says so.
+
+    Raises DataError if files are there but wrong.
+    """
+    try:
+        cifar10.load(data_dir, announce=announce, patience=AUTO_PATIENCE, archive=archive)
+    except cifar10.DataNotFoundError as error:
+        announce(f"WARNING: THIS RUN USES THE SMALL DATA SET 'digits', NOT CIFAR-10: {error}")
+        return "digits"
+    return "cifar10"
 
 
 def load(
@@ -20,13 +39,14 @@ def load(
 ) -> Dataset:
     """The data set a configuration names, split and on the device.
 
-    `auto` is CIFAR-10, or `shapes` if that cannot be had; `announce` then receives one line that says so. The digits
+    `auto` is CIFAR-10, or `digits` if that cannot be had; `announce` then receives one line that says so. The digits
     are few and small: they keep their one channel and 8x8 pixels, are never augmented, give at most a fifth of their
     training images to validation, and limits beyond what there is do not apply to them.
 
     Raises DataError (a ValueError) if the data cannot be had, are wrong, or are fewer than the limits ask for.
     """
-    if cfg.name == "digits":
+    name = resolve(cfg.data_dir, announce=announce, archive=archive) if cfg.name == "auto" else cfg.name
+    if name == "digits":
         arrays = digits.load()
         validation = min(cfg.validation_size, len(arrays.labels) // 5)
         at_most = lambda limit, available: None if limit is None else min(limit, available)
@@ -38,13 +58,7 @@ def load(
             test_limit=at_most(cfg.test_limit, len(arrays.test_labels)),
         )
         return split(arrays, cfg, name="digits", augment=False)
-    if cfg.name != "shapes":
-        patience = AUTO_PATIENCE if cfg.name == "auto" else PATIENCE
-        try:
-            arrays = cifar10.load(cfg.data_dir, announce=announce, patience=patience, archive=archive)
-            return split(arrays, cfg, name="cifar10", augment=cfg.augment, moments=cifar10.MOMENTS)
-        except cifar10.DataNotFoundError as error:
-            if cfg.name == "cifar10":
-                raise
-            announce(f"WARNING: THIS RUN USES THE SYNTHETIC DATA SET 'shapes', NOT CIFAR-10: {error}")
+    if name == "cifar10":
+        arrays = cifar10.load(cfg.data_dir, announce=announce, patience=PATIENCE, archive=archive)
+        return split(arrays, cfg, name="cifar10", augment=cfg.augment, moments=cifar10.MOMENTS)
     return split(shapes.load(), cfg, name="shapes", augment=cfg.augment)

@@ -112,7 +112,7 @@ def load(
     except DataNotFoundError as error:
         raise DataNotFoundError(
             f"CIFAR-10 is not in {', '.join(looked)}, and {error}; give its folder by --data-dir or $ESPER_DATA, "
-            "or use --data shapes"
+            "or use --data digits"
         ) from error
 
 

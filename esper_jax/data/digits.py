@@ -20,7 +20,7 @@ def load() -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the digits need scikit-learn: pip install 'esper_jax[digits]'") from error
+        raise DataError("the digits need scikit-learn: pip install scikit-learn") from error
     scans, labels = load_digits(return_X_y=True)
     images = np.rint(scans * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)  # scans hold 0 ... 16
     digest = hashlib.md5(images.tobytes() + labels.astype(np.uint8).tobytes(), usedforsecurity=False).hexdigest()

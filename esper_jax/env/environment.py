@@ -77,7 +77,8 @@ class StepInfo:
     panic: Array  # bool[] the governor rolled the run back
     panic_reason: Array  # i32[] PanicReason
     table: Array  # f32[K] accuracy of each on/off configuration
-    committed_accuracy: Array  # f32[]
+    committed_accuracy: Array  # f32[] of what is fossilised, everything else off
+    committed_loss: Array  # f32[]
     per_class: Array  # f32[classes]
     stage: Array  # i32[S] at the end of the step
     alpha: Array  # f32[S]
@@ -92,6 +93,8 @@ class StepInfo:
     gradient_health: Array  # f32[S]
     gradient_valid: Array  # bool[S]
     params: Array  # i32[] of the host and of every seed present
+    blended_size: Array  # f32[] parameters of the host and of the seeds whose alpha is above 0, relative to the host's
+    committed_size: Array  # f32[] of the host and of the fossilised seeds, relative to the host's
     components: RewardComponents
     episode_over: Array  # bool[] this was epoch T
 
@@ -129,6 +132,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
     horizon = cfg.training.epochs
     configurations = attribution.configurations(n_slots)
     random_guess_loss = math.log(classes)
+    fine = reward.death(cfg.governor.death_penalty, cfg.reward.clip)  # of a rollback
 
     def prepare(images):
         return normalise(dataset, images).astype(cfg.training.compute_dtype)
@@ -146,6 +150,14 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         ]
         return jnp.where(stages.is_active(state.stage), jnp.stack(sizes), 0)
 
+    def sizes(state: EnvState) -> tuple[Array, Array]:
+        """f32[] twice: parameters with the seeds that are blended in, and with the fossils, relative to the host's."""
+        added, host = seed_params(state.slots), cnn.param_count(state.model.host)
+        live = morphogenetic.live_slots(state.model, state.slots)
+        fossil = state.slots.stage == Stage.FOSSILIZED
+        relative = lambda there: 1.0 + jnp.where(there, added, 0).sum() / host
+        return relative(live), relative(fossil)
+
     def init(key: Array) -> EnvState:
         model = morphogenetic.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
         state = stages.empty(n_slots)
@@ -161,6 +173,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             accuracy=jnp.float32(guess),
             table=jnp.full(len(configurations), guess),
             committed=jnp.float32(guess),
+            committed_loss=jnp.float32(random_guess_loss),
             per_class=jnp.full(classes, guess),
             per_class_valid=jnp.zeros(classes, bool),
         )
@@ -332,8 +345,23 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             previous_params=seed_params(old).astype(jnp.float32),
         )
         components = reward.reward(inputs, weights, cfg.reward.mode, cfg.reward.attribution)
-        died = reward.death(cfg.governor.death_penalty, cfg.reward.clip)
-        return select(verdict.panic, died, components), contributing
+        return select(verdict.panic, fine, components), contributing
+
+    def pay_alone(before: EnvState, info: StepInfo) -> RewardComponents:
+        """The reward `paired` as far as one environment knows it: the fall of its own loss instead of the gain over a
+        twin, whose part no action changes. Where environments are mapped the twin is known (`reward.paired`)."""
+        blended, committed = sizes(before)
+        earlier = info.replace(
+            val_loss=before.evaluation.loss,
+            committed_loss=before.evaluation.committed_loss,
+            blended_size=blended,
+            committed_size=committed,
+            accepted=jnp.bool_(True),
+            panic=jnp.bool_(False),
+            episode_over=jnp.bool_(False),
+        )
+        both = jax.tree.map(lambda *rows: jnp.stack(rows), reward.Course.of(earlier), reward.Course.of(info))
+        return jax.tree.map(lambda leaf: leaf[1], reward.paired(both, jnp.zeros(2), weights, fine))
 
     def step(key: Array, state: EnvState, action: Action):
         action = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), action)
@@ -345,6 +373,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         live = morphogenetic.live_slots(state.model, state.slots)
         measured = measure(state.model, state.slots, dataset.validation)
         worth = attribution.attribute(measured.table, configurations, live)
+        blended, committed = sizes(state)
         fossilised = outcome.op == Op.FOSSILIZE
         state, verdict = judge(state, measured, fossilised)
         state = record(state, measured, worth, metrics, verdict)
@@ -377,6 +406,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             panic_reason=verdict.reason,
             table=measured.table,
             committed_accuracy=measured.committed,
+            committed_loss=measured.committed_loss,
             per_class=measured.per_class,
             stage=state.slots.stage,
             alpha=state.slots.alpha.alpha,
@@ -391,10 +421,14 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             gradient_health=state.slots.metrics.gradient_health,
             gradient_valid=state.slots.metrics.gradient_valid,
             params=cnn.param_count(state.model.host) + seed_params(state.slots).sum(),
+            blended_size=blended,
+            committed_size=committed,
             components=components,
             episode_over=over,
         )
-        return state, observe(state), components.total(), over | verdict.panic, info
+        if cfg.reward.mode == "paired":
+            info = info.replace(components=pay_alone(before, info))
+        return state, observe(state), info.components.total(), over | verdict.panic, info
 
     def reset(key: Array):
         host_key, step_key = jax.random.split(key)

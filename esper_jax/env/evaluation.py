@@ -27,6 +27,7 @@ class Evaluation:
     accuracy: Array  # f32[] of the network as it is
     table: Array  # f32[K] under each of attribution.configurations(S)
     committed: Array  # f32[] with everything off that is not fossilised
+    committed_loss: Array  # f32[] mean cross-entropy of that network
     per_class: Array  # f32[classes] of the network as it is
     per_class_valid: Array  # bool[classes] the class occurs in the images
 
@@ -48,16 +49,16 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
     weights = jnp.asarray(index < total, jnp.float32)
     index = jnp.asarray(np.minimum(index, total - 1))
 
-    live = morphogenetic.live_slots(model, state)
+    live, fossil = morphogenetic.live_slots(model, state), state.stage == Stage.FOSSILIZED
     if n_slots <= attribution.MAX_TABLE_SLOTS:
         position, count = morphogenetic.distinct_configurations(live)
-        main = count - 1
+        main, kept = count - 1, attribution.committed(position, fossil)
         rows = 2**n_slots
         measure = lambda tile: morphogenetic.forward_all_configurations(model, state, tile)
     else:
-        fossil = (state.stage == Stage.FOSSILIZED)[None]
-        on = jnp.concatenate([jnp.asarray(attribution.configurations(n_slots)), fossil])
+        on = jnp.concatenate([jnp.asarray(attribution.configurations(n_slots)), fossil[None]])
         main, rows = 0, on.shape[0]
+        kept = rows - 1
         measure = lambda tile: _forward_listed(model, state, tile, on, live)
 
     def step(sums, entry):
@@ -65,25 +66,26 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
         label = labels[rows_of_tile]
         logits = measure(layers.to_tiles(prepare(images[rows_of_tile]))[0])  # [rows, n, classes]
         right = (logits.argmax(-1) == label) * weight
-        own = logits[main]
-        loss = (optax.softmax_cross_entropy_with_integer_labels(own, label) * weight).sum()
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        loss = jnp.stack([(cross_entropy(logits[row], label) * weight).sum() for row in (main, kept)])
         member = jax.nn.one_hot(label, classes) * weight[:, None]
         new = (right.sum(1), loss, right[main] @ member, member.sum(0))
         return jax.tree.map(jnp.add, sums, new), None
 
-    zeros = (jnp.zeros(rows), jnp.float32(0), jnp.zeros(classes), jnp.zeros(classes))
+    zeros = (jnp.zeros(rows), jnp.zeros(2), jnp.zeros(classes), jnp.zeros(classes))
     (correct, loss, class_correct, class_total), _ = lax.scan(step, zeros, (index, weights))
     accuracies = 100.0 * correct / total
     if n_slots <= attribution.MAX_TABLE_SLOTS:
         table = accuracies[position]
-        committed = attribution.committed(table, state.stage == Stage.FOSSILIZED)
+        committed = attribution.committed(table, fossil)
     else:
         table, committed = accuracies[:-1], accuracies[-1]
     return Evaluation(
-        loss=loss / total,
+        loss=loss[0] / total,
         accuracy=accuracies[main],
         table=table,
         committed=committed,
+        committed_loss=loss[1] / total,
         per_class=100.0 * class_correct / jnp.maximum(class_total, 1),
         per_class_valid=class_total > 0,
     )

@@ -7,11 +7,14 @@ environment. Accuracies, contributions and improvements are percentage points (0
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from esper_jax.config import RewardConfig
+from esper_jax.trees import select
 from esper_jax.types import Array, Op, Stage
 
 # The reference's defaults that no study has varied; the ones that are varied are `RewardWeights`.
@@ -82,6 +85,10 @@ class RewardWeights:
     param_budget: Array
     param_penalty_weight: Array
     min_prune_age: Array  # epochs
+    loss_scale: Array  # points per nat, see `paired`
+    loss_cap: Array  # nats
+    price: Array  # points per multiple of the host's parameters
+    harvest: Array  # share of the last value that is the committed network's, in [0, 1]
 
     @classmethod
     def from_config(cls, cfg: RewardConfig, gamma: float, min_prune_age: int = 1) -> RewardWeights:
@@ -190,6 +197,9 @@ class RewardComponents:
     action_shaping: Array  # includes the bonus for fossilising a contributing seed
     terminal: Array
     death_penalty: Array = struct.field(default_factory=lambda: jnp.float32(0))  # of a rollback, see `death`
+    gain: Array = struct.field(default_factory=lambda: jnp.float32(0))  # change of the gain over the twin, see `paired`
+    size: Array = struct.field(default_factory=lambda: jnp.float32(0))  # change of the price of what is blended in
+    harvest: Array = struct.field(default_factory=lambda: jnp.float32(0))  # the last value becomes what is kept
 
     @classmethod
     def zeros(cls) -> RewardComponents:
@@ -527,6 +537,59 @@ def _sparse(inputs: RewardInputs, weights: RewardWeights) -> RewardComponents:
     return RewardComponents.zeros().replace(terminal=jnp.where(inputs.terminal, end, 0.0))
 
 
+@struct.dataclass
+class Course:
+    """What `paired` reads of an episode, or of a stretch of one; fields of `StepInfo`. Losses may be non-finite."""
+
+    val_loss: Array  # f32[T]
+    committed_loss: Array  # f32[T] with everything off that is not fossilised
+    blended_size: Array  # f32[T] parameters of the host and of the seeds that are blended in, relative to the host
+    committed_size: Array  # f32[T] of the host and of the fossilised seeds, relative to the host
+    accepted: Array  # bool[T] the governor took the loss
+    panic: Array  # bool[T] the governor rolled the run back
+    episode_over: Array  # bool[T] the episode ends with this row
+
+    @classmethod
+    def of(cls, record: Any) -> Course:
+        """These fields of a larger record."""
+        return cls(**{name: getattr(record, name) for name in cls.__dataclass_fields__})
+
+
+def paired(course: Course, twin_loss: Array, weights: RewardWeights, fine: RewardComponents) -> RewardComponents:
+    """Rewards of an episode by its gain over the twin, the same keys without growth; components f32[T].
+
+    With L the validation loss and n the parameters relative to the host's, an epoch is worth
+    `v_t = loss_scale (L_twin,t - L_t) - price (n_t - 1)` and its transition pays `v_t - v_(t-1)`: a difference reward
+    (Wolpert and Tumer, 2002) in the form of a potential, so an episode returns its last value and all that it shares
+    with the twin (host, data order) cancels. It is exactly 0 until a seed is blended in. The last value is, to the
+    share `harvest`, that of the committed network: what is not kept is worth nothing.
+
+    Losses above `loss_cap`, and those that are not finite, count as `loss_cap`. An epoch whose loss the governor did
+    not accept is worth what the last accepted one was; one that it rolled back pays the fine instead. The first row has
+    nothing before it and pays 0.
+
+    Args:
+      twin_loss: f32[T] of the twin in the same epochs.
+      fine: of a rollback, see `death`.
+    """
+    cap = lambda loss: jnp.where(jnp.isfinite(loss), jnp.minimum(loss, weights.loss_cap), weights.loss_cap)
+    epochs = jnp.arange(course.val_loss.shape[0])
+    latest = jax.lax.cummax(jnp.where(course.accepted, epochs, 0))  # the last accepted row up to here
+    ahead = lambda loss: weights.loss_scale * (cap(twin_loss) - cap(loss))
+    cost = lambda params: -weights.price * (params - 1.0)
+    change = lambda value: jnp.concatenate([jnp.zeros_like(value[:1]), jnp.diff(value)])
+
+    gain, size = ahead(course.val_loss)[latest], cost(course.blended_size)[latest]
+    kept = ahead(course.committed_loss) + cost(course.committed_size)
+    harvested = course.episode_over & ~course.panic
+    earned = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, gain.shape), RewardComponents.zeros()).replace(
+        gain=change(gain),
+        size=change(size),
+        harvest=jnp.where(harvested, weights.harvest * (kept - (gain + size)), 0.0),
+    )
+    return select(course.panic, fine, earned)
+
+
 def reward(inputs: RewardInputs, weights: RewardWeights, mode: str, attribution: str) -> RewardComponents:
     """Reward of one realised transition, by component; `.total()` is the number.
 
@@ -534,18 +597,21 @@ def reward(inputs: RewardInputs, weights: RewardWeights, mode: str, attribution:
       inputs: of one environment.
       weights: traced.
       mode: static; `shaped` pays every term, `simplified` shaping, a flat cost per action and the final accuracy,
-        `sparse` only the final accuracy of what was committed to, less its size.
+        `sparse` only the final accuracy of what was committed to, less its size; `paired` pays nothing here, since it
+        needs the course of an episode and not only one transition (see the function of that name).
       attribution: static; `harmonic` or `minimum`, see `progress_bound`.
 
     Raises:
       ValueError: for another mode or attribution.
     """
-    if mode == "shaped":
+    if mode == "paired":
+        components = RewardComponents.zeros()
+    elif mode == "shaped":
         components = _shaped(inputs, weights, attribution)
     elif mode == "simplified":
         components = _simplified(inputs, weights)
     elif mode == "sparse":
         components = _sparse(inputs, weights)
     else:
-        raise ValueError(f"reward mode {mode!r}: must be shaped, simplified or sparse")
+        raise ValueError(f"reward mode {mode!r}: must be paired, shaped, simplified or sparse")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), components)
