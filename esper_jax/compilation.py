@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
@@ -26,7 +25,7 @@ from esper_jax import devices, provenance
 from esper_jax.config import Config
 from esper_jax.network.blueprints import CNN
 from esper_jax.startup_cache import StartupCache
-from esper_jax.train import RunState, Train, bind, everyone
+from esper_jax.train import RunState, Train, bind, round_of
 
 
 def spread(cfg: Config) -> Config:
@@ -124,19 +123,19 @@ def compile_ahead(
     started = time.perf_counter()
 
     run = run_template(train, cfg, key)
-    policies, environments = everyone(cfg)
-    keys = _placed(jax.eval_shape(train.keys, key, run.round)[0], on_each)
-    episodes = (train.dataset, run, keys, jnp.int32(0), policies, environments)
+    env_key, learn_keys = _placed(jax.eval_shape(train.keys, key, run.round), on_each)
+    episodes = (train.dataset, run, env_key, round_of(cfg, train.controllers))
     results = functools.cache(lambda: _placed(jax.eval_shape(train.rollout, *episodes), split_over_devices))
-    losses = lambda: results()[0].info.val_loss
+    split = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=split_over_devices)
     lower = {  # in the order in which a run needs them
         "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run.round),
         "rollout": lambda: train.rollout.lower(*episodes),
     }
     if cfg.reward.mode == "paired":
-        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, results()[0], losses())
+        policies = split(episodes[-1].policy)
+        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, results()[0], results()[0].info.val_loss)
     if cfg.rounds:
-        lower["learn"] = lambda: train.learn.lower(keys, run, results()[0])
+        lower["learn"] = lambda: train.learn.lower(learn_keys, run, results()[0])
     lower["report"] = lambda: train.report.lower(train.dataset, results()[1])
 
     turn = threading.Lock()  # loading and tracing are no faster at the same time, and the first program is needed first

@@ -43,7 +43,10 @@ def over_devices(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> C
     mapped = jax.shard_map(
         lambda *args: body(*args, axis_name=AXIS), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    return jax.jit(mapped)
+    # stated, since the compiler may call the same placement by another name, and what comes back would not fit
+    placed = lambda spec: NamedSharding(mesh, spec)
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    return jax.jit(mapped, out_shardings=jax.tree.map(placed, out_specs, is_leaf=is_spec))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -3,22 +3,24 @@
     train = make_train(cfg)
     run = train.init(key)
     run, metrics = train.update(key, run)        # one round; the same key every time, the round number is in `run`
-    result = train.compare(key, run, "eager")    # episodes of one controller on keys that all controllers share
+    results = train.compare(key, run, ["never", "eager"])   # episodes of controllers on keys that they all share
 
 P policies are trained side by side in one program: whatever belongs to one of them has a leading axis P, and policy p
 of a run is the one that it would be alone. `run.hypers` too, so a grid of reward weights or learning rates is one run.
 
-This is the only place that maps over environments and over policies. Environment e of round r of policy p is a function
-of (config, key, p, r, e) alone, so a run resumes without stored keys and does not depend on how environments are spread
-over devices. All controllers, learned or not, go through one compiled rollout: which one acts is an argument. So does
-the *twin* that the reward `paired` compares with: the same keys under `never`.
+This is the only place that maps over environments and over policies. Environment e of round r is a function of
+(config, key, r, e) alone, so a run resumes without stored keys, does not depend on how environments are spread over
+devices, and shows all its policies the same environments. All controllers, learned or not, go through one compiled
+rollout: which one acts in an episode is an argument. So does the *twin* that the reward `paired` compares with: the
+same environment under `never`, played beside the policies' episodes.
 
-Axis letters: P policies, E environments, T epochs of an episode, S slots, D features.
+Axis letters: P policies, G rows of episodes (the policies, and the twin if there is one), E environments, T epochs of
+an episode, S slots, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,9 +45,8 @@ from esper_jax.types import Action, Array, Controller, Masks
 
 BASELINE, POLICY, GREEDY = "never", "policy", "policy_greedy"
 LEARNED = (POLICY, GREEDY)
-# What a run's key is folded with; a policy's own key before the round number and the environment's.
-LEARNER_STREAM, COMPARE_STREAM = range(2)
-INIT_STREAM, ROUND_STREAM = range(2)
+# What a run's key is folded with, before the number of the policy, or those of the round and the environment.
+INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
 
 
 @struct.dataclass
@@ -79,16 +80,16 @@ class RunState:
 
 @struct.dataclass
 class Rollout:
-    """Episodes, axes [P, E, T, ...]. Row 0 of T is an episode's birth: its first epoch, before any decision."""
+    """Episodes, axes [G, E, T, ...]. Row 0 of T is an episode's birth: its first epoch, before any decision."""
 
-    features: Array  # f32[P, E, T, D] as encoded, not normalised
+    features: Array  # f32[G, E, T, D] as encoded, not normalised
     masks: Masks
     action: Action
-    log_prob: Array  # f32[P, E, T]
-    value: Array  # f32[P, E, T]
-    reward: Array  # f32[P, E, T]
-    terminal: Array  # bool[P, E, T]
-    reset: Array  # bool[P, E, T] the controller's memory was cleared before this row
+    log_prob: Array  # f32[G, E, T]
+    value: Array  # f32[G, E, T]
+    reward: Array  # f32[G, E, T]
+    terminal: Array  # bool[G, E, T]
+    reset: Array  # bool[G, E, T] the controller's memory was cleared before this row
     info: StepInfo
 
 
@@ -96,7 +97,7 @@ class Rollout:
 class Metrics:
     """What a round reports."""
 
-    rollout: Rollout
+    rollout: Rollout  # [P, E, T, ...]
     learner: dict[str, Array]  # [P], see ppo.update; with return_scale, the deviation that rewards are divided by
 
 
@@ -120,15 +121,26 @@ class Train(NamedTuple):
 
     init: Callable  # (key, Hypers = those of the configuration) -> RunState
     update: Callable  # (key, RunState) -> (RunState, Metrics)
-    compare: Callable  # (key, RunState, controller name, its twin's Comparison = None) -> Comparison
+    compare: Callable  # (key, RunState, names of controllers) -> {name: Comparison}
     controllers: tuple[str, ...]
     dataset: data.Dataset
-    rollout: Callable  # (dataset, RunState, keys [P], controller, policies [P, E], environments [P, E]) -> episodes
-    pay: Callable  # (Hypers, policies [P, E], Rollout, twin's losses [P, E, T]) -> Rollout
-    learn: Callable  # (keys [P], RunState, Rollout) -> (RunState, metrics [P])
+    rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, EnvState)
+    pay: Callable  # (Hypers, policies [G, E], Rollout, twin's losses [G, E, T]) -> Rollout
+    learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
     report: Callable  # (dataset, EnvState) -> Evaluation
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
-    keys: Callable  # (key, round number) -> keys [P] of its rollouts and of its updates
+    keys: Callable  # (key, round number) -> key of its rollout, keys [P] of its updates
+
+
+class Who(NamedTuple):
+    """Which episodes a rollout plays, i32[G, E] each.
+
+    Arrays of NumPy: of JAX, they would cost a program to fill them and one to split them.
+    """
+
+    controller: np.ndarray  # its number
+    policy: np.ndarray  # whose parameters and hypers
+    env: np.ndarray  # its number
 
 
 def default_controllers(cfg: Config) -> dict[str, Controller]:
@@ -168,7 +180,7 @@ def choose(controllers: list[Controller], number: Array) -> Controller:
 
 
 def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
-    """`fun` mapped over the two leading axes [P, E], `chunk` at a time; a fixed chunk makes results independent of
+    """`fun` mapped over the two leading axes [G, E], `chunk` at a time; a fixed chunk makes results independent of
     how many there are."""
     shape = jax.tree.leaves(xs)[0].shape[:2]
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), xs)
@@ -199,13 +211,13 @@ def make_train(
         if name in rules:
             raise ValueError(f"a controller called {name!r} is given: that name is the learned policy's")
     rules = {BASELINE: baselines.never()} | rules
-    n_slots, n_policies = len(cfg.host.slot_names), cfg.policy_seeds
+    n_slots, n_policies, paired = len(cfg.host.slot_names), cfg.policy_seeds, cfg.reward.mode == "paired"
     n_features = observation.size(n_slots)
     decided = jnp.arange(cfg.training.epochs) > 0  # rows that a decision began
 
-    def rollout(dataset, run: RunState, keys, number, policies, env_ids, axis_name):
-        def episode(which):
-            learner, env_id = which
+    def rollout(dataset, run: RunState, key, who: Who, axis_name):
+        def episode(which: Who):
+            number, learner, env_id = which
             params, statistics, hypers = jax.tree.map(
                 lambda leaf: leaf[learner], (run.learner.params, run.observations, run.hypers)
             )
@@ -213,7 +225,8 @@ def make_train(
             normalise = partial(normalizers.normalise, statistics)
             learned = [policy.make_controller(params, normalise, deterministic=greedy) for greedy in (False, True)]
             controller = choose([*rules.values(), *learned], number)
-            init_key, step_key, act_key = jax.random.split(jax.random.fold_in(keys[learner], env_id), 3)
+            init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
+            act_key = jax.random.fold_in(act_key, learner)
             state = env.init(init_key)
             fresh = controller.init(act_key)
 
@@ -232,9 +245,10 @@ def make_train(
             (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
             return rows, state
 
-        return over_environments(episode, (policies, env_ids), cfg.env_chunk)
+        return over_environments(episode, who, cfg.env_chunk)
 
-    def pay(hypers: Hypers, policies, rows: Rollout, twin_loss, axis_name):
+    def pay(hypers: Hypers, policies, rows: Rollout, twin_loss, axis_name=None):
+        """Rows [G, E, T, ...] with the reward `paired`; the policies [G, E] say by whose weights."""
         fine = reward.death(cfg.governor.death_penalty, cfg.reward.clip)
 
         def one(learner, info, twin_loss):
@@ -244,7 +258,7 @@ def make_train(
         components = jax.vmap(jax.vmap(one))(policies, rows.info, twin_loss)
         return rows.replace(reward=components.total(), info=rows.info.replace(components=components))
 
-    def learn_one(key, number, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
+    def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
         # the penalty of a rollback keeps its size whatever the other rewards are like
@@ -270,41 +284,46 @@ def make_train(
         return learner, observations, returns, metrics | {"return_scale": scale}
 
     def learn(keys, run: RunState, rows: Rollout, axis_name):
-        each = (keys, run.hypers, run.learner, run.observations, run.returns, rows)
-        one = lambda x: learn_one(x[0], run.round, *x[1:], axis_name=axis_name)
-        learner, observations, returns, metrics = lax.map(one, each)
-        return RunState(run.round + 1, run.hypers, learner, observations, returns), metrics
+        played = jax.tree.map(lambda leaf: leaf[:n_policies], rows)
+        if paired:
+            everywhere = jnp.zeros(played.reward.shape[:2], jnp.int32)
+            policies = everywhere + jnp.arange(n_policies)[:, None]
+            played = pay(run.hypers, policies, played, rows.info.val_loss[n_policies + everywhere[:, 0]])
+        each = (keys, run.hypers, run.learner, run.observations, run.returns, played)
+        learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
+        return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
 
     def report(dataset, states, axis_name):
         return over_environments(make_env(cfg, dataset).report, states, cfg.env_chunk)
 
-    def policy_keys(key):
-        own = partial(jax.random.fold_in, jax.random.fold_in(key, LEARNER_STREAM))
-        return jax.vmap(own)(jnp.arange(n_policies))
+    def each_policy(key):
+        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_policies))
 
     def start(key, hypers: Hypers | None = None):
         def one(key):
-            learner = ppo.init_learner(jax.random.fold_in(key, INIT_STREAM), cfg.ppo, n_features, n_slots)
+            learner = ppo.init_learner(key, cfg.ppo, n_features, n_slots)
             return learner, normalizers.init(n_features), normalizers.init(1)
 
         if hypers is None:
             spread = lambda leaf: jnp.broadcast_to(leaf, (n_policies,))
             hypers = jax.tree.map(spread, Hypers.from_config(cfg))
-        return strong(RunState(jnp.int32(0), hypers, *lax.map(one, policy_keys(key))))
+        policies = lax.map(one, each_policy(jax.random.fold_in(key, INIT_STREAM)))
+        return strong(RunState(jnp.int32(0), hypers, *policies))
 
     def keys(key, number):
-        def one(key):
-            return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number))
-
-        both = jax.vmap(one)(policy_keys(key))
-        return both[:, 0], both[:, 1]
+        round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number)
+        env_key, learn_key = jax.random.split(round_key)
+        return env_key, each_policy(learn_key)
 
     names = (*rules, *LEARNED)
-    rollout = devices.over_devices(rollout, mesh, (SAME, SAME, SAME, SAME, EACH, EACH), EACH)
-    pay = devices.over_devices(pay, mesh, (SAME, EACH, EACH, EACH), EACH)
-    learn = devices.over_devices(learn, mesh, (SAME, SAME, EACH), SAME)
-    report = devices.over_devices(report, mesh, (SAME, EACH), EACH)
-    programs = dict(rollout=rollout, pay=pay, learn=learn, report=report, start=jax.jit(start), keys=jax.jit(keys))
+    programs = {
+        "rollout": devices.over_devices(rollout, mesh, (SAME, SAME, SAME, EACH), EACH),
+        "pay": devices.over_devices(pay, mesh, (SAME, EACH, EACH, EACH), EACH),
+        "learn": devices.over_devices(learn, mesh, (SAME, SAME, EACH), (SAME, EACH, SAME)),
+        "report": devices.over_devices(report, mesh, (SAME, EACH), EACH),
+        "start": jax.jit(start),
+        "keys": jax.jit(keys),
+    }
     return bind(cfg, dataset, names, **programs)
 
 
@@ -327,60 +346,67 @@ def bind(
       rollout, pay, learn, report, start, keys: see `Train`.
     """
     mesh = devices.make_mesh(cfg.devices)
-    n_policies, paired = cfg.policy_seeds, cfg.reward.mode == "paired"
-    number = {name: jnp.int32(i) for i, name in enumerate(names)}
-    policies, environments = everyone(cfg)
+    paired, everyone = cfg.reward.mode == "paired", round_of(cfg, names)
 
     def init(key: Array, hypers: Hypers | None = None) -> RunState:
         return devices.replicate(start(key, hypers), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
-        env_keys, learn_keys = devices.replicate(keys(key, run.round), mesh)
-        play = lambda name: rollout(dataset, run, env_keys, number[name], policies, environments)[0]
-        rows = play(POLICY)
-        if paired:
-            rows = pay(run.hypers, policies, rows, play(BASELINE).info.val_loss)
-        run, metrics = learn(learn_keys, run, rows)
-        # some leaves come back under another name of the same placement, for which all would be compiled again
-        return devices.replicate(run, mesh), Metrics(rows, metrics)
+        env_key, learn_keys = devices.replicate(keys(key, run.round), mesh)
+        rows, _ = rollout(dataset, run, env_key, everyone)
+        run, rows, metrics = learn(learn_keys, run, rows)
+        return run, Metrics(rows, metrics)
 
-    def compare(key: Array, run: RunState, controller: str, twin: Comparison | None = None) -> Comparison:
-        """Episodes of one controller in environments 0 to R - 1, each policy in all of them. They are played in blocks
-        of the size of a round, which is compiled already; what a last block has too many is dropped.
+    def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
+        """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them.
 
-        Args:
-          twin: the comparison of `never`, so that it need not be played again for each controller.
+        They are played in blocks of the size of a round, which is compiled already; what the last block has too many
+        is dropped. The twin is played too, whether it is asked for or not.
         """
-        if controller not in names:
-            raise ValueError(f"controller {controller!r}: must be one of {', '.join(names)}")
-        env_keys = devices.replicate(jnp.stack([jax.random.fold_in(key, COMPARE_STREAM)] * n_policies), mesh)
-        played = n_policies if controller in LEARNED else 1
-        wanted = np.stack(np.meshgrid(np.arange(played), np.arange(cfg.report_envs), indexing="ij"), -1).reshape(-1, 2)
-        if paired and twin is None and controller != BASELINE:
-            twin = compare(key, run, BASELINE)
+        for name in controllers:
+            if name not in names:
+                raise ValueError(f"controller {name!r}: must be one of {', '.join(names)}")
+        wanted = [BASELINE, *(name for name in controllers if name != BASELINE)]
+        played = {name: cfg.policy_seeds if name in LEARNED else 1 for name in wanted}
+        episodes = np.array(
+            [(names.index(n), p, e) for n in wanted for p in range(played[n]) for e in range(cfg.report_envs)], np.int32
+        )
+        env_key = devices.replicate(jax.random.fold_in(key, COMPARE_STREAM), mesh)
+        shape, size = everyone.env.shape, everyone.env.size
         results = []
-        for start in range(0, len(wanted), policies.size):
-            block = np.resize(wanted[start : start + policies.size], (policies.size, 2)).astype(np.int32)
-            learner, env = (column.reshape(policies.shape) for column in block.T)
-            rows, states = rollout(dataset, run, env_keys, number[controller], learner, env)
-            if paired:
-                loss = rows.info.val_loss if controller == BASELINE else twin.rollout.info.val_loss[0][env]
-                rows = pay(run.hypers, learner, rows, devices.split(loss, mesh))
+        for first in range(0, len(episodes), size):
+            block = np.resize(episodes[first : first + size], (size, 3))
+            who = Who(*(np.ascontiguousarray(column.reshape(shape)) for column in block.T))
+            rows, states = rollout(dataset, run, env_key, who)
             counts = (states.germinated, states.fossilised, states.pruned, states.rollbacks)
-            results.append(jax.device_get(Comparison(rows, report(dataset, states), *counts)))
-        flat = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
-        join = lambda *parts: np.concatenate([flat(part) for part in parts])[: len(wanted)]
-        unflat = lambda leaf: leaf.reshape(played, cfg.report_envs, *leaf.shape[1:])
-        return jax.tree.map(lambda *parts: unflat(join(*parts)), *results)
+            result = jax.device_get(Comparison(rows, report(dataset, states), *counts))
+            results.append((who, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)))
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
+        if paired:
+            twin = together.rollout.info.val_loss[: cfg.report_envs]
+            flat = [pay_block(run, who, result.rollout, twin) for who, result in results]
+            together = together.replace(rollout=jax.tree.map(lambda *parts: np.concatenate(parts), *flat))
+        ends = np.cumsum([played[name] * cfg.report_envs for name in wanted])
+        cut = lambda leaf, name, end: leaf[end - played[name] * cfg.report_envs : end].reshape(
+            played[name], cfg.report_envs, *leaf.shape[1:]
+        )
+        found = {
+            name: jax.tree.map(lambda leaf, name=name, end=end: cut(leaf, name, end), together)
+            for name, end in zip(wanted, ends, strict=True)
+        }
+        return {name: found[name] for name in controllers}
+
+    def pay_block(run: RunState, who: Who, rows: Rollout, twin: np.ndarray) -> Rollout:
+        block = jax.tree.map(lambda leaf: leaf.reshape(*who.env.shape, *leaf.shape[1:]), rows)
+        paid = pay(run.hypers, *devices.split((who.policy, block, twin[who.env]), mesh))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(paid))
 
     return Train(init, update, compare, names, dataset, rollout, pay, learn, report, start, keys)
 
 
-def everyone(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """i32[P, E] twice: the policy and the environment of each episode of a round.
-
-    Arrays of NumPy: of JAX, they would cost a program to fill them and one to split them.
-    """
-    policies = np.repeat(np.arange(cfg.policy_seeds, dtype=np.int32)[:, None], cfg.n_envs, axis=1)
-    environments = np.repeat(np.arange(cfg.n_envs, dtype=np.int32)[None], cfg.policy_seeds, axis=0)
-    return policies, environments
+def round_of(cfg: Config, names: tuple[str, ...]) -> Who:
+    """The episodes of a round: a row of E environments for each policy, and one for their twin."""
+    rows = [(POLICY, p) for p in range(cfg.policy_seeds)] + [(BASELINE, 0)] * (cfg.reward.mode == "paired")
+    fill = lambda numbers: np.repeat(np.array(numbers, np.int32)[:, None], cfg.n_envs, axis=1)
+    environments = np.repeat(np.arange(cfg.n_envs, dtype=np.int32)[None], len(rows), axis=0)
+    return Who(fill([names.index(name) for name, _ in rows]), fill([p for _, p in rows]), environments)

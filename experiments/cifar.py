@@ -37,7 +37,7 @@ from esper_jax.console import Console, round_note, text_table
 from esper_jax.control import baselines
 from esper_jax.network import cnn
 from esper_jax.startup_cache import StartupCache, cache_folder
-from esper_jax.train import BASELINE, LEARNED, RunState, Train, default_controllers
+from esper_jax.train import LEARNED, RunState, Train, default_controllers
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -212,8 +212,8 @@ def header(console: Console, options: Options, cfg: Config, out: Path, rules: in
     host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
     device, epochs = provenance.device(cfg), cfg.training.epochs
     twins = " and their twins" if cfg.reward.mode == "paired" else ""
-    rounds = cfg.policy_seeds * cfg.rounds * cfg.n_envs * (2 if twins else 1)
-    total = epochs * (rounds + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
+    rows = cfg.policy_seeds + bool(twins)
+    total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
     console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
     console.facts({
         "run": str(out),
@@ -243,13 +243,8 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
-    arms = {}
-    names = sorted(job.train.controllers, key=lambda name: name != BASELINE)  # the others are compared with it
-    with job.console.bar("arm", len(names)) as advance:
-        for name in names:
-            arms[name] = job.train.compare(job.key, run, name, arms.get(BASELINE))
-            advance(f"{name:<13} report-test accuracy of what was kept {arms[name].test.committed.mean():.1f}")
-    return telemetry.arm_arrays(arms)
+    with job.console.step("arms", " ".join(job.train.controllers)):
+        return telemetry.arm_arrays(job.train.compare(job.key, run, job.train.controllers))
 
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
