@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from esper_jax import devices, provenance
 from esper_jax.config import Config
+from esper_jax.env.reward import Course
 from esper_jax.network.blueprints import CNN
 from esper_jax.startup_cache import StartupCache
 from esper_jax.train import RunState, Train, bind, round_of
@@ -133,7 +134,8 @@ def compile_ahead(
     }
     if cfg.reward.mode == "paired":
         policies = split(episodes[-1].policy)
-        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, results()[0], results()[0].info.val_loss)
+        course = lambda: Course.of(results()[0].info)
+        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, course(), course().val_loss)
     if cfg.rounds:
         lower["learn"] = lambda: train.learn.lower(learn_keys, run, results()[0])
     lower["report"] = lambda: train.report.lower(train.dataset, results()[1])

@@ -277,6 +277,8 @@ class PPOConfig:
     op_bias: tuple[float, ...] = (1.0, 0.0, 0.0, -3.0, 3.0, 2.0)
     """added to the first policy's logits of wait, germinate, set_alpha_target, prune, fossilize, advance, so that it
     lets seeds live and finishes what it begins, or there would be nothing to learn from; all 0 starts uniform"""
+    full_alpha_bias: float = 2.0
+    """added to its logits of alpha target 1.0, since only what is blended in full can be kept; 0 starts uniform"""
     target_kl: float | None = None
     """stop the epochs of an update once 1.5x this divergence is passed; none never stops"""
 

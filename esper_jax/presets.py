@@ -6,6 +6,7 @@ from esper_jax.config import (
     Config,
     DataConfig,
     HostConfig,
+    LifecycleConfig,
     PPOConfig,
     TrackerConfig,
     TrainingConfig,
@@ -31,11 +32,13 @@ _SMALL = Config(
     host=HOSTS["tiny"],
     training=TrainingConfig(epochs=25, batches_per_epoch=12, batch_size=64),
     tracker=_TRACKER,
-    ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=30),
+    # a kind of seed costs three seconds to compile
+    lifecycle=LifecycleConfig(blueprints=("conv_light", "attention", "norm", "bottleneck")),
+    ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, anneal_rounds=24),
     n_envs=16,
     policy_seeds=3,
-    rounds=30,
-    report_envs=48,
+    rounds=24,
+    report_envs=32,
 )
 _SMOKE = _SMALL.replace(
     n_envs=8,

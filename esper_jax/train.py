@@ -38,7 +38,7 @@ from esper_jax.devices import EACH, SAME
 from esper_jax.env import observation, reward
 from esper_jax.env.environment import StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
-from esper_jax.env.reward import RewardWeights
+from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.network.blueprints import CNN
 from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Controller, Masks
@@ -125,7 +125,7 @@ class Train(NamedTuple):
     controllers: tuple[str, ...]
     dataset: data.Dataset
     rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, EnvState)
-    pay: Callable  # (Hypers, policies [G, E], Rollout, twin's losses [G, E, T]) -> Rollout
+    pay: Callable  # (Hypers, policies [G, E], Course, twin's losses [G, E, T]) -> RewardComponents
     learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
     report: Callable  # (dataset, EnvState) -> Evaluation
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
@@ -188,6 +188,11 @@ def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
 
 
+def paid(rows: Rollout, components: RewardComponents) -> Rollout:
+    """The episodes with another reward."""
+    return rows.replace(reward=components.total(), info=rows.info.replace(components=components))
+
+
 def make_train(
     cfg: Config,
     dataset: data.Dataset | None = None,
@@ -223,8 +228,8 @@ def make_train(
             )
             env = make_env(cfg, dataset, hypers.weights)
             normalise = partial(normalizers.normalise, statistics)
-            learned = [policy.make_controller(params, normalise, deterministic=greedy) for greedy in (False, True)]
-            controller = choose([*rules.values(), *learned], number)
+            learned = policy.make_controller(params, normalise, deterministic=number == names.index(GREEDY))
+            controller = choose([*rules.values(), learned], jnp.minimum(number, len(rules)))
             init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
             act_key = jax.random.fold_in(act_key, learner)
             state = env.init(init_key)
@@ -247,16 +252,15 @@ def make_train(
 
         return over_environments(episode, who, cfg.env_chunk)
 
-    def pay(hypers: Hypers, policies, rows: Rollout, twin_loss, axis_name=None):
-        """Rows [G, E, T, ...] with the reward `paired`; the policies [G, E] say by whose weights."""
+    def pay(hypers: Hypers, policies, course: reward.Course, twin_loss, axis_name=None):
+        """The reward `paired`; the policies [G, E] say by whose weights."""
         fine = reward.death(cfg.governor.death_penalty, cfg.reward.clip)
 
-        def one(learner, info, twin_loss):
+        def one(learner, course, twin_loss):
             weights = jax.tree.map(lambda leaf: leaf[learner], hypers.weights)
-            return reward.paired(reward.Course.of(info), twin_loss, weights, fine)
+            return reward.paired(course, twin_loss, weights, fine)
 
-        components = jax.vmap(jax.vmap(one))(policies, rows.info, twin_loss)
-        return rows.replace(reward=components.total(), info=rows.info.replace(components=components))
+        return jax.vmap(jax.vmap(one))(policies, course, twin_loss)
 
     def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
@@ -288,7 +292,8 @@ def make_train(
         if paired:
             everywhere = jnp.zeros(played.reward.shape[:2], jnp.int32)
             policies = everywhere + jnp.arange(n_policies)[:, None]
-            played = pay(run.hypers, policies, played, rows.info.val_loss[n_policies + everywhere[:, 0]])
+            twin_loss = rows.info.val_loss[n_policies + everywhere[:, 0]]
+            played = paid(played, pay(run.hypers, policies, reward.Course.of(played.info), twin_loss))
         each = (keys, run.hypers, run.learner, run.observations, run.returns, played)
         learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
         return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
@@ -397,9 +402,9 @@ def bind(
         return {name: found[name] for name in controllers}
 
     def pay_block(run: RunState, who: Who, rows: Rollout, twin: np.ndarray) -> Rollout:
-        block = jax.tree.map(lambda leaf: leaf.reshape(*who.env.shape, *leaf.shape[1:]), rows)
-        paid = pay(run.hypers, *devices.split((who.policy, block, twin[who.env]), mesh))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(paid))
+        course = jax.tree.map(lambda leaf: leaf.reshape(*who.env.shape, -1), reward.Course.of(rows.info))
+        components = pay(run.hypers, *devices.split((who.policy, course, twin[who.env]), mesh))
+        return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), jax.device_get(components)))
 
     return Train(init, update, compare, names, dataset, rollout, pay, learn, report, start, keys)
 

@@ -17,7 +17,19 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Array, Controller, Extras, Masks, Observation, Op
+from esper_jax.types import (
+    ALPHA_TARGETS,
+    HEAD_SIZES,
+    HEADS,
+    RELEVANT_HEADS,
+    Action,
+    Array,
+    Controller,
+    Extras,
+    Masks,
+    Observation,
+    Op,
+)
 
 ILLEGAL_LOGIT = -1e4  # finite, so that a row without a legal choice yields numbers and not NaN
 FORGET_BIAS = 2.0  # one bias vector; the reference has two with 1.0 each
@@ -144,16 +156,25 @@ def hidden_size(params: dict) -> int:
     return params["params"]["recurrent"].shape[-2]
 
 
-def init(key: Array, n_features: int, n_slots: int, hidden: int, op_bias: Sequence[float] = (0.0,) * len(Op)) -> dict:
+def init(
+    key: Array,
+    n_features: int,
+    n_slots: int,
+    hidden: int,
+    op_bias: Sequence[float] = (0.0,) * len(Op),
+    full_alpha_bias: float = 0.0,
+) -> dict:
     """Fresh parameters for D = `n_features` and S = `n_slots`.
 
     Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, so
-    the first policy is almost uniform but for `op_bias`, the biases of the ops' logits. Other biases are 0, that of the
-    forget gate 2.
+    the first policy is almost uniform but for `op_bias`, the biases of the ops' logits, and `full_alpha_bias`, that of
+    alpha target 1. Other biases are 0, that of the forget gate 2.
     """
     params = _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
-    op = params["params"]["head_output_op"]
-    inner = params["params"] | {"head_output_op": op | {"bias": jnp.asarray(op_bias, jnp.float32)}}
+    full = [full_alpha_bias * (target == 1.0) for target in ALPHA_TARGETS]
+    inner = dict(params["params"])
+    for head, bias in (("op", op_bias), ("alpha_target", n_slots * full)):
+        inner[f"head_output_{head}"] = inner[f"head_output_{head}"] | {"bias": jnp.asarray(bias, jnp.float32)}
     return {**params, "params": inner}
 
 
@@ -232,17 +253,19 @@ def masked_entropy(logits: Array, mask: Array) -> Array:
     return jnp.where(legal > 1, entropy / jnp.log(jnp.maximum(legal, 2)), 0.0)
 
 
-def sample(key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: bool = False) -> tuple[Action, Array]:
+def sample(
+    key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: Array | bool = False
+) -> tuple[Action, Array]:
     """Draw a decision: op, then slot given op, then the other heads.
 
-    `deterministic` takes every head's likeliest legal choice (the first of equals) and leaves the key unused.
+    `deterministic` (bool[]) takes every head's likeliest legal choice, the first of equals, whatever the key.
 
     Returns:
       the action, its irrelevant heads canonical, and the joint log-probability f32[] of the relevant ones.
     """
     scores = _table(_given(logits, jnp.int32(0)))
     # Gumbel-max: the largest of noisy logits is a draw from the categorical
-    noise = jnp.zeros(scores.shape) if deterministic else jax.random.gumbel(key, scores.shape)
+    noise = jnp.where(deterministic, 0.0, jax.random.gumbel(key, scores.shape))
     noisy = scores + noise
     op = jnp.argmax(_masked(noisy[_OP, : len(Op)], masks.op))
     by_op = masks.slot_by_op[op]
@@ -266,12 +289,14 @@ def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluati
     return Evaluation(jnp.where(relevant, log_p, 0.0), jnp.where(relevant, entropy, 0.0), relevant)
 
 
-def make_controller(params: dict, normalise: Callable[[Array], Array], *, deterministic: bool = False) -> Controller:
+def make_controller(
+    params: dict, normalise: Callable[[Array], Array], *, deterministic: Array | bool = False
+) -> Controller:
     """The policy as a controller; its carry is the LSTM state, to be reset (`reset_carry`) after a terminal step.
 
     Args:
       normalise: f32[D] -> f32[D]; what it returns is what a learner must store as the features acted on.
-      deterministic: take the likeliest action instead of drawing one.
+      deterministic: bool[], take the likeliest action instead of drawing one.
     """
 
     def start(key: Array) -> Carry:

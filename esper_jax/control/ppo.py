@@ -84,7 +84,7 @@ def optimiser(cfg: PPOConfig) -> optax.GradientTransformation:
 
 def init_learner(key: Array, cfg: PPOConfig, n_features: int, n_slots: int) -> LearnerState:
     """Fresh policy and optimiser for D = `n_features` and S = `n_slots`."""
-    params = policy.init(key, n_features, n_slots, cfg.hidden_size, cfg.op_bias)
+    params = policy.init(key, n_features, n_slots, cfg.hidden_size, cfg.op_bias, cfg.full_alpha_bias)
     return LearnerState(params=params, opt_state=optimiser(cfg).init(params), updates=jnp.int32(0))
 
 
