@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
+from scipy.stats import rankdata
 
 CONFIDENCE = 0.95
 METHOD = "±: 95 % Student t intervals over environments and policies; differences are paired by environment"
@@ -148,3 +149,18 @@ def _claims(
 def signed(value: float, digits: int = 2) -> str:
     """A number with its sign, "-" if it was not measured."""
     return "-" if np.isnan(value) else f"{value:+.{digits}f}"
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's (1904) correlation of the ranks of two f[N], equals sharing their mean rank; NaN if one is flat."""
+    x, y = (rankdata(samples) - (len(samples) + 1) / 2 for samples in (x, y))
+    spread = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / spread) if spread > 0 else float("nan")
+
+
+def eta_squared(groups: list[np.ndarray]) -> float:
+    """Share of the variance of all samples that lies between the groups' means; NaN if nothing varies."""
+    together = np.concatenate(groups)
+    total = ((together - together.mean()) ** 2).sum()
+    between = sum(len(group) * (group.mean() - together.mean()) ** 2 for group in groups)
+    return float(between / total) if total > 0 else float("nan")

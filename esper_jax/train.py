@@ -183,7 +183,7 @@ def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
     """`fun` mapped over the two leading axes [G, E], `chunk` at a time; a fixed chunk makes results independent of
     how many there are."""
     shape = jax.tree.leaves(xs)[0].shape[:2]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), xs)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(shape[0] * shape[1], *leaf.shape[2:]), xs)
     out = lax.map(fun, flat) if chunk == 1 else lax.map(fun, flat, batch_size=chunk)
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
 

@@ -99,7 +99,10 @@ class Program(NamedTuple):
 
 
 def build(body: Callable, n_devices: int, in_specs: tuple, *args) -> Program:
-    """`body(*args, axis_name=)` compiled over so many devices; its results have a leading axis of environments."""
+    """`body(*args, axis_name=)` compiled over so many devices.
+
+    What is split over them is given with a leading axis E and gets to the body, and comes back, as one row: [1, E].
+    """
     mesh = devices.make_mesh(n_devices)
     args = _place(args, mesh, in_specs)
     function = devices.over_devices(body, mesh, in_specs, EACH)
@@ -109,7 +112,9 @@ def build(body: Callable, n_devices: int, in_specs: tuple, *args) -> Program:
 
 
 def _place(args: tuple, mesh, in_specs: tuple) -> tuple:
-    return tuple(jax.device_put(arg, NamedSharding(mesh, spec)) for arg, spec in zip(args, in_specs, strict=True))
+    row = lambda arg, spec: jax.tree.map(lambda leaf: leaf[None], arg) if spec == EACH else arg
+    put = lambda arg, spec: jax.device_put(row(arg, spec), NamedSharding(mesh, spec))
+    return tuple(map(put, args, in_specs))
 
 
 def high_water() -> tuple[float, str]:
@@ -326,7 +331,7 @@ def peaks(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     dtype = jnp.dtype(bench.cfg.training.compute_dtype)
     side, copied = bench.size.matrix, bench.size.copied
     matrices, vectors = jnp.ones((n, side, side), dtype), jnp.ones((n, copied), dtype)
-    product = build(lambda x, axis_name: lax.map(lambda a: a @ a, x), n, (EACH,), matrices)
+    product = build(lambda x, axis_name: lax.map(lambda a: a @ a, x[0])[None], n, (EACH,), matrices)
     # several times over, so that fresh memory, which the system hands out page by page, is not what is measured
     again = lambda _, x: x * 0.5
     copy = build(lambda x, axis_name: lax.fori_loop(0, COPIES, again, x), n, (EACH,), vectors)

@@ -12,10 +12,12 @@
 
 What is compared runs alternately (A B A B ...) and a ratio is taken within each pair, so that a machine that slows
 down slows both. `spread` is the distance between the quartiles, `n` the number of runs. Images and labels are random
-numbers, since nothing here depends on what they show; but for `precision`, which takes the synthetic shapes. Everything
-runs through the functions of the product; the bare host is a model without slots.
+numbers, since nothing here depends on what they show; but for `precision`, which takes the digits, and on a GPU the
+synthetic shapes, in the size of CIFAR-10. Everything runs through the functions of the product; the bare host is a
+model without slots.
 
-Axis letters: E environments, S slots, K on/off configurations, B images of a batch, T epochs of an episode.
+Axis letters: G rows of episodes (policies and twin), E environments, S slots, K on/off configurations, B images of a
+batch, T epochs of an episode.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from esper_jax.env import attribution, evaluation, observation, reward, training
 from esper_jax.lifecycle import masks
 from esper_jax.network import cnn, layers, morphogenetic
 from esper_jax.statistics import mean_interval
-from esper_jax.train import Metrics, default_controllers, over_environments
+from esper_jax.train import Metrics, default_controllers, over_environments, round_of
 from experiments import roofline
 from experiments.bench import (
     CLASSES,
@@ -85,12 +87,12 @@ _TINY = Config(
     n_envs=4,
     report_envs=4,
 )
+_FEW_DIGITS = DataConfig("digits", train_limit=64, test_limit=64)
 
 
-def _learning(cfg: Config, **changes) -> Config:
-    """The shapes, 32 paired environments."""
-    data_cfg = dataclasses.replace(changes.pop("data", cfg.data), name="shapes")
-    return cfg.replace(report_envs=32, env_chunk=min(cfg.env_chunk, 32), data=data_cfg, **changes)
+def _learning(cfg: Config) -> Config:
+    """32 paired environments: with their twins, one block of episodes."""
+    return cfg.replace(policy_seeds=1, n_envs=32, report_envs=32, env_chunk=min(cfg.env_chunk, 32))
 
 
 SIZES = {
@@ -98,20 +100,20 @@ SIZES = {
         cfg=Config(data=DataConfig(), n_envs=8, report_envs=8), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64), largest_epoch=4, chunks=(1, 4), images_per_run=16_384,
         growth_envs=4, growth_batches=6, evaluation_envs=2, slot_counts=(1, 2, 3, 4),
-        matrix=1024, copied=2**25, learning=_learning(presets.get("quick")), repeats=7, seconds=20,
+        matrix=1024, copied=2**25, learning=_learning(presets.get("quick", "digits")), repeats=7, seconds=20,
     ),
     "gpu": Size(
-        cfg=presets.get("full").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
+        cfg=presets.get("full", "cifar10").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64, 256, 1024), largest_epoch=1024, chunks=(16, 64, 256), images_per_run=2**21,
         growth_envs=64, growth_batches=24, evaluation_envs=8, slot_counts=(1, 2, 3, 4),
-        matrix=8192, copied=2**28, learning=_learning(presets.get("full")), repeats=7, seconds=30,
+        matrix=8192, copied=2**28, learning=_learning(presets.get("full", "shapes")), repeats=7, seconds=30,
     ),
     # a minute for the tests: its numbers mean nothing
     "tiny": Size(
         cfg=_TINY,
         image_size=8, train_images=64, populations=(1, 4), largest_epoch=4, chunks=(1,), images_per_run=64,
         growth_envs=4, growth_batches=2, evaluation_envs=2, slot_counts=(1, 2),
-        matrix=64, copied=1024, learning=_learning(_TINY, data=DataConfig(image_size=8, train_limit=64, test_limit=64)),
+        matrix=64, copied=1024, learning=_learning(_TINY.replace(data=_FEW_DIGITS)),
         repeats=1, seconds=1,
     ),
 }  # fmt: skip
@@ -265,8 +267,8 @@ def learner_table(bench: Bench) -> Iterator[Row]:
 
     `outside_host_share` times a round of the same length whose hosts train on one batch of two tiny images and
     validate on two. Controller, lifecycle, governor, reward, observation, masks and PPO update are all in it, and the
-    little host work that is left counts against us. The whole round is the update plus E x T environment epochs of a
-    random mixture.
+    little host work that is left counts against us. The whole round is the update plus G x E x T environment epochs of
+    a random mixture.
     """
     emit = functools.partial(row, "learner")
     cfg, envs = bench.cfg, bench.cfg.n_envs
@@ -280,11 +282,15 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     )
     train = make_train(brief, random_dataset(8, 16, 2), controllers={})
     run = train.init(jax.random.key(0))
-    key = devices.replicate(jax.random.key(5), mesh)
-    rollout = lambda: train.rollout(train.dataset, run, key, jnp.int32(0), np.arange(envs, dtype=np.int32))
+    env_key, learn_keys = devices.replicate(train.keys(jax.random.key(5), run.round), mesh)
+    who = round_of(brief, train.controllers)
+    rollout = lambda: train.rollout(train.dataset, run, env_key, who)
     rows, ends = rollout()
-    learn = lambda: train.learn(key, run, rows)
-    runs = {"rollout": rollout, "learn": learn} | _pieces(bench, ends)
+    learn = lambda: train.learn(learn_keys, run, rows)
+    twin_loss = jnp.broadcast_to(rows.info.val_loss[-1], rows.info.val_loss.shape)
+    episodes = devices.split((who.policy, reward.Course.of(rows.info), twin_loss), mesh)
+    pay = functools.partial(train.pay, run.hypers, *episodes)
+    runs = {"rollout": rollout, "learn": learn, "reward": pay} | _pieces(bench, ends)
 
     # batches and augmentation belong to the hosts' training; their share is told all the same
     def feed(dataset, keys, axis_name):
@@ -306,20 +312,20 @@ def learner_table(bench: Bench) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         log = telemetry.RoundLog(Path(folder) / "rounds")
-        new_run, learned = learn()
+        new_run, played, learned = learn()
 
         def write() -> float:
             start = time.perf_counter()
-            log.write(0, telemetry.round_arrays(Metrics(rows, learned)))
+            log.write(0, telemetry.round_arrays(Metrics(played, learned)))
             checkpoint.save(Path(folder) / "checkpoints", 0, new_run, {})
             return time.perf_counter() - start
 
         times = bench.measure(runs | {"io": write})
 
-    decisions = envs * horizon
+    decisions = who.env.size * horizon
     whole = times["epoch"] * decisions / sample + times["learn"]
     share = "share of a round"
-    yield emit("round_s", whole, f"s ({envs} environments x {horizon} epochs)")
+    yield emit("round_s", whole, f"s ({who.env.size} episodes x {horizon} epochs)")
     yield emit("outside_host_share", (times["rollout"] + times["learn"]) / whole, share)
     yield emit("ppo_update_share", times["learn"] / whole, share)
     for name in ("observation", "masks", "reward"):
@@ -329,42 +335,22 @@ def learner_table(bench: Bench) -> Iterator[Row]:
 
 
 def _pieces(bench: Bench, ends) -> dict[str, Callable]:
-    """Observation, masks and reward of every decision of a round, each on its own; `ends` are states `[E]`."""
-    cfg, envs, horizon = bench.cfg, bench.cfg.n_envs, bench.cfg.training.epochs
-    weights = reward.RewardWeights.from_config(cfg.reward, cfg.ppo.gamma, cfg.lifecycle.min_prune_age)
+    """Observation and masks of every decision of a round, each on its own; `ends` are states `[G, E]`."""
+    cfg, horizon = bench.cfg, bench.cfg.training.epochs
     pieces = {
-        "observation": lambda s, inputs: observation.encode(
+        "observation": lambda s: observation.encode(
             observation.Inputs(s.signals, s.slots, s.last_op, s.last_success, jnp.float32(horizon))
         ),
-        "masks": lambda s, inputs: masks.legal(s.slots, cfg.lifecycle),
-        "reward": lambda s, inputs: reward.reward(inputs, weights, cfg.reward.mode, cfg.reward.attribution),
+        "masks": lambda s: masks.legal(s.slots, cfg.lifecycle),
     }
     small = ends.replace(model=None, optimiser=None, kept=None, governor=None, evaluation=None)
-    inputs = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (envs, *leaf.shape)), _reward_inputs(len(cfg.host.slot_names))
-    )
-    decisions = jax.tree.map(lambda leaf: jnp.repeat(leaf, horizon, 0), (small, inputs))
-    chunk, n_devices = bench.chunk(envs), bench.n_devices(envs)
+    decisions = jax.tree.map(lambda leaf: jnp.repeat(leaf.reshape(-1, *leaf.shape[2:]), horizon, 0), small)
+    chunk, n_devices = bench.chunk(cfg.n_envs), bench.n_devices(cfg.n_envs)
     runs = {}
     for name, fun in pieces.items():
-        body = lambda xs, axis_name, fun=fun: over_environments(lambda x: fun(*x), xs, chunk)
+        body = lambda xs, axis_name, fun=fun: over_environments(fun, xs, chunk)
         runs[name] = build(body, n_devices, (EACH,), decisions).bind(decisions)
     return runs
-
-
-def _reward_inputs(n_slots: int) -> reward.RewardInputs:
-    """Something to reward, of the right types."""
-    flags = {"succeeded", "has_seed", "terminal"}
-    counts = {"requested_op", "stage", "epochs_in_stage", "seed_age", "contributing_fossils", "slot"}
-    counts |= {"slot_stage", "slot_epochs_in_stage"}
-    per_slot = {*reward.SEED_FIELDS, "slot_stage", "slot_epochs_in_stage", "slot_alpha", "slot_params"}
-    per_slot |= {"previous_alpha", "previous_params"}
-
-    def value(name):
-        dtype = bool if name in flags or name.endswith("_valid") else jnp.int32 if name in counts else jnp.float32
-        return jnp.ones(n_slots if name in per_slot else (), dtype)
-
-    return reward.RewardInputs(**{f.name: value(f.name) for f in dataclasses.fields(reward.RewardInputs)})
 
 
 def roofline_table(bench: Bench) -> Iterator[Row]:
@@ -415,8 +401,10 @@ def precision_table(bench: Bench) -> Iterator[Row]:
         cfg = compilation.spread(bench.size.learning.replace(**{"training.compute_dtype": dtype}))
         train = make_train(cfg, controllers={"eager": default_controllers(cfg)["eager"]})
         key = jax.random.key(cfg.seed)
-        accuracy[dtype] = np.asarray(train.compare(key, train.init(key), "eager").test.accuracy, float)
-        yield emit(f"{dtype}_accuracy", accuracy[dtype], f"% on shapes, eager growth, {cfg.training.epochs} epochs")
+        accuracy[dtype] = np.asarray(train.compare(key, train.init(key), ["eager"])["eager"].test.accuracy[0], float)
+        yield emit(
+            f"{dtype}_accuracy", accuracy[dtype], f"% on {cfg.data.name}, eager growth, {cfg.training.epochs} epochs"
+        )
     difference = mean_interval(accuracy["bfloat16"] - accuracy["float32"])
     unit = "points, mean; spread: half of the 95 % interval"
     half = difference.high - difference.mean

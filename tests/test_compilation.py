@@ -15,6 +15,7 @@ from esper_jax.control import baselines
 from esper_jax.startup_cache import StartupCache, cache_folder
 
 FACTS = {"source": "abc", "devices": 2}
+PROGRAMS = ("rollout", "pay", "learn", "report", "keys")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def start(train, cache):
 
 def test_a_second_start_traces_nothing_and_gives_the_same_numbers():
     first, key = tiny_run.result(), tiny_run.KEY()
-    untraceable = tiny_run.train()._replace(rollout=None, learn=None, report=None, start=None, keys=None, init=None)
+    untraceable = tiny_run.train()._replace(**dict.fromkeys(PROGRAMS), start=None, init=None)
     again = start(untraceable, tiny_run.cache())
     with tiny_run.unoptimised():
         compilation.first_run(tiny_run.train(), tiny_run.CONFIG, key, tiny_run.cache())
@@ -45,7 +46,7 @@ def test_a_second_start_traces_nothing_and_gives_the_same_numbers():
         assert tiny.equal(state, first.states[number + 1])
         for name, array in telemetry.round_arrays(metrics).items():
             np.testing.assert_array_equal(array, first.rounds[number][name], err_msg=name)
-    arms = telemetry.arm_arrays({name: again.compare(key, state, name) for name in tiny_run.ARMS})
+    arms = telemetry.arm_arrays(again.compare(key, state, tiny_run.ARMS))
     for name, array in arms.items():
         np.testing.assert_array_equal(array, first.metrics[name], err_msg=name)
 
@@ -57,7 +58,7 @@ def test_a_program_that_cannot_be_loaded_is_compiled_anew(said):
         facts = compilation.program_facts(tiny_run.train(), tiny_run.CONFIG, None)
     assert cache.has("keys", facts)
     cache.put("keys", facts, (b"no program", None, None))
-    untraceable = tiny_run.train()._replace(rollout=None, learn=None, report=None)
+    untraceable = tiny_run.train()._replace(**dict.fromkeys(PROGRAMS[:-1]))
     again = start(untraceable, cache)
     assert len(said) == 1 and "keys-" in said[0] and "made anew" in said[0]
     assert tiny.equal(again.update(tiny_run.KEY(), first.states[0])[0], first.states[1])
@@ -78,10 +79,12 @@ def test_whatever_decides_a_program_decides_its_file(monkeypatch, cache):
         path(cfg.replace(**{"training.host_lr": 0.5})),
         path(cfg.replace(n_envs=4)),
         path(cfg.replace(devices=2)),
+        path(cfg.replace(policy_seeds=3)),
+        path(cfg.replace(**{"reward.mode": "shaped"})),
         path(dataset=dataset.replace(augment=not dataset.augment)),
         path(dataset=dataset.replace(mean=(0.25,) * len(dataset.mean))),
         path(dataset=dataset.replace(test=jax.tree.map(lambda leaf: leaf[:-1], dataset.test))),
-        path(rules=("never",)),
+        path(rules=("other",)),
         path(rules=("script",)),
         path(rules=("script",), script="3: wait"),
     }
@@ -93,7 +96,7 @@ def test_whatever_decides_a_program_decides_its_file(monkeypatch, cache):
     paths.add(path())
     monkeypatch.setattr(compilation, "processor", lambda: ["another"])
     paths.add(path())
-    assert len(paths) == 14
+    assert len(paths) == 16
 
 
 def test_every_source_file_counts(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from functools import partial
 
 import pytest
 
@@ -20,6 +22,7 @@ from esper_jax.config import (
 from esper_jax.data import shapes
 from esper_jax.types import CNN_BLUEPRINTS
 
+SIZES = [(name, data) for name in ("smoke", "quick", "full") for data in ("digits", "cifar10", "shapes")]
 REFUSED = [
     (HostConfig, "n_blocks", 1, "at least 2"),
     (HostConfig, "base_channels", 0, "greater than 0"),
@@ -58,16 +61,26 @@ REFUSED = [
     (GovernorConfig, "sensitivity", 0.0, "greater than 0"),
     (TrackerConfig, "history_window", 4, "at least 5"),
     (TrackerConfig, "stabilization_epochs", -1, "at least 0"),
-    (RewardConfig, "mode", "dense", "one of shaped, simplified, sparse"),
+    (RewardConfig, "mode", "dense", "one of paired, shaped, simplified, sparse"),
     (RewardConfig, "attribution", "mean", "one of harmonic, minimum"),
     (RewardConfig, "clip", 0.0, "greater than 0"),
     (RewardConfig, "param_budget", 0.0, "greater than 0"),
+    (RewardConfig, "loss_scale", 0.0, "greater than 0"),
+    (RewardConfig, "loss_cap", -1.0, "greater than 0"),
+    (RewardConfig, "price", -0.5, "at least 0"),
+    (RewardConfig, "harvest", 1.5, r"in \[0, 1\]"),
+    (RewardConfig, "harvest", -0.5, r"in \[0, 1\]"),
     (PPOConfig, "gamma", 0.0, r"in \(0, 1\]"),
     (PPOConfig, "gamma", 1.01, r"in \(0, 1\]"),
     (PPOConfig, "gae_lambda", -0.1, r"in \[0, 1\]"),
     (PPOConfig, "minibatches", 0, "greater than 0"),
+    (PPOConfig, "op_bias", (0.0,) * 5, "6 numbers, one per op"),
+    (PPOConfig, "op_bias", (0.0,) * 7, "6 numbers, one per op"),
+    (PPOConfig, "op_bias", (0.0,) * 5 + (math.inf,), "finite"),
+    (PPOConfig, "op_bias", (math.nan,) + (0.0,) * 5, "finite"),
     (Config, "n_envs", 0, "greater than 0"),
     (Config, "n_envs", 7, "a multiple of ppo.minibatches"),
+    (Config, "policy_seeds", 0, "greater than 0"),
     (Config, "env_chunk", 0, "greater than 0"),
     (Config, "report_envs", 0, "greater than 0"),
     (Config, "devices", -1, "at least 0"),
@@ -85,7 +98,8 @@ def test_refusals(cls, field, value, allowed):
 def test_edges_are_allowed():
     TrainingConfig(epochs=2, momentum=0.0, clip_norm=None, host_weight_decay=0.0, tile_pixels=0)
     GovernorConfig(history_window=10, min_history=10)
-    PPOConfig(gamma=1.0, gae_lambda=0.0)
+    RewardConfig(price=0.0, harvest=0.0)
+    PPOConfig(gamma=1.0, gae_lambda=0.0, op_bias=(0.0,) * 6, full_alpha_bias=0.0)
     LifecycleConfig(min_prune_age=0, max_seeds=0, blueprints=("noop", "norm"))
     Config(rounds=0, devices=0)
 
@@ -132,13 +146,13 @@ def test_a_configuration_cannot_be_changed_in_place():
 # --- text ---
 
 
-@pytest.mark.parametrize("name", [*presets.PRESETS, None])
+@pytest.mark.parametrize("name", [*SIZES, None])
 def test_json_round_trip(name):
-    cfg = presets.get(name) if name else Config().replace(
+    cfg = presets.get(*name) if name else Config().replace(
         seed=7, **{"training.clip_norm": None, "data.data_dir": "/data", "host.slots": ("r0c2",), "ppo.target_kl": 0.02}
     )  # fmt: skip
     again = Config.from_json(cfg.to_json())
-    assert again == cfg and type(again.lifecycle.blueprints) is tuple
+    assert again == cfg and type(again.lifecycle.blueprints) is type(again.ppo.op_bias) is tuple
     assert Config.from_json(again.to_json()) == cfg
 
 
@@ -147,6 +161,9 @@ def test_whole_numbers_become_floats():
     tree["training"]["host_lr"] = 1
     value = Config.from_json(json.dumps(tree)).training.host_lr
     assert value == 1.0 and type(value) is float
+    tree["ppo"]["op_bias"] = [1, 0, 0.5, -3, 2, 2]
+    bias = Config.from_json(json.dumps(tree)).ppo.op_bias
+    assert bias == (1.0, 0.0, 0.5, -3.0, 2.0, 2.0) and {type(value) for value in bias} == {float}
 
 
 def change(path, value):
@@ -181,7 +198,12 @@ def change(path, value):
         (change("lifecycle.sequential", 1), "Config.lifecycle.sequential = 1: must be bool"),
         (change("lifecycle.blueprints", "norm"), "Config.lifecycle.blueprints = 'norm': must be a list of strings"),
         (change("host.slots", [1]), r"Config.host.slots = \[1\]: must be a list of strings"),
-        (change("reward.mode", "dense"), "RewardConfig.mode = 'dense': must be one of shaped"),
+        (change("ppo.op_bias", 1.0), "Config.ppo.op_bias = 1.0: must be a list of numbers"),
+        (change("ppo.op_bias", ["1"] * 6), r"Config.ppo.op_bias = \['1', .*: must be a list of numbers"),
+        (change("ppo.op_bias", [True] * 6), r"Config.ppo.op_bias = \[True, .*: must be a list of numbers"),
+        (change("ppo.op_bias", [0, 0, 0]), r"PPOConfig.op_bias = \(0.0, 0.0, 0.0\): must be 6 numbers, one per op"),
+        (change("ppo.op_bias", [0] * 5 + [math.inf]), "PPOConfig.op_bias = .*inf.*: must be finite"),
+        (change("reward.mode", "dense"), "RewardConfig.mode = 'dense': must be one of paired, shaped"),
         (change("n_envs", 0), "Config.n_envs = 0: must be greater than 0"),
     ],
 )
@@ -195,16 +217,30 @@ def test_text_that_is_refused(text, message):
 
 def test_presets():
     assert set(presets.PRESETS) == {"smoke", "quick", "full"}
-    for name in presets.PRESETS:
-        cfg = presets.get(name)
+    for name, data in SIZES:
+        cfg = presets.get(name, data)
         assert set(cfg.lifecycle.blueprints) <= set(CNN_BLUEPRINTS) and cfg.n_envs % cfg.env_chunk == 0
+        assert cfg.reward.mode == "paired" and cfg.data.name == data
     assert presets.host("cifar10").widths == (8, 16, 32) and presets.host("cifar10_blind").kernel_size == 1
+
+
+def test_a_preset_has_a_size_for_each_kind_of_data():
+    digits, photographs = presets.get("quick", "digits"), presets.get("quick", "cifar10")
+    assert presets.get("quick") == digits and digits.data.image_size is None
+    assert (photographs.data.image_size, photographs.data.train_limit) == (8, 10_000)
+    assert digits.replace(data=photographs.data) == photographs  # in the small sizes nothing else differs
+    # shapes have the size of the photographs
+    assert presets.get("quick", "shapes") == photographs.replace(**{"data.name": "shapes"})
+    assert presets.get("full", "digits").host == presets.host("digits")
+    assert presets.get("full", "cifar10").host == presets.host("cifar10")
 
 
 @pytest.mark.parametrize(
     ("look_up", "name", "message"),
     [
         (presets.get, "quik", r"unknown preset 'quik'; did you mean quick\? \(known: smoke, quick, full\)"),
+        (partial(presets.get, "quick"), "cifar", r"unknown data set 'cifar'; did you mean cifar10\? \(known: digits"),
+        (partial(presets.get, "quick"), "auto", r"unknown data set 'auto' \(known: digits, cifar10, shapes\)"),
         (presets.get, "xyz", r"unknown preset 'xyz' \(known: "),
         (presets.host, "cifar", r"unknown host 'cifar'; did you mean cifar10\? \(known: cifar10, "),
     ],
@@ -216,6 +252,6 @@ def test_unknown_presets(look_up, name, message):
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_ask_for_no_more_than_the_synthetic_data_have(name):
-    wanted = presets.get(name).data
+    wanted = presets.get(name, "shapes").data
     assert (wanted.train_limit or 0) + wanted.validation_size <= shapes.TRAIN
     assert (wanted.test_limit or 0) <= shapes.TEST

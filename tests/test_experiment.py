@@ -25,8 +25,8 @@ from experiments import cifar
 
 ROOT = Path(__file__).parent.parent
 FILES = {
-    "checkpoints", "curves.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv", "report.html",
-    "run.json", "seeds.png", "summary.txt",
+    "checkpoints", "curves.png", "grown.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv",
+    "report.html", "run.json", "seeds.png", "summary.txt",
 }  # fmt: skip
 
 
@@ -71,12 +71,13 @@ def test_a_run_writes_its_files(tmp_path):
     card = json.loads((tmp_path / "run.json").read_text())
     assert (card["status"], card["data"]["name"], card["versions"]["jax"]) == ("complete", "tiny", jax.__version__)
     assert Config.from_json(json.dumps(card["config"])) == start.cfg
-    assert set(card["seconds"]) >= {"round", "arm", "total"}
+    assert set(card["seconds"]) >= {"round", "arms", "total"}
     with np.load(tmp_path / "metrics.npz") as arrays:
         np.testing.assert_array_equal(arrays["rounds/reward"][1], tiny_run.result().rounds[1]["rounds/reward"])
+        np.testing.assert_array_equal(arrays["arms/names"], tiny_run.ROWS)
         np.testing.assert_array_equal(arrays["arms/stage"], tiny_run.result().metrics["arms/stage"])
     with open(tmp_path / "outcomes.csv") as file:
-        assert len(list(csv.DictReader(file))) == len(tiny_run.ARMS) * start.cfg.report_envs
+        assert len(list(csv.DictReader(file))) == len(tiny_run.ROWS) * start.cfg.report_envs
     summary, shown = (tmp_path / "summary.txt").read_text(), start.console.rich.file.getvalue()
     claim = summary.splitlines()[-1]
     assert claim.startswith("On tiny") and claim in (tmp_path / "report.html").read_text()
@@ -96,25 +97,51 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     rest = job(part.out, run=again)
     state, rounds = cifar.learn(rest)
     cifar.publish(rest, rounds | cifar.compare(rest, state))
-    for name in ("metrics.npz", "outcomes.csv", "lifecycle.jsonl", "curves.png", "seeds.png", "learning.png"):
+    for name in FILES - {"checkpoints", "run.json", "report.html"}:  # what holds no time
         assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
 
 
-def test_defaults_follow_preset_and_data():
-    assert cifar.parse([]).config == presets.get("quick") and cifar.parse([]).preset == "quick"
+@pytest.fixture
+def found(monkeypatch):
+    """The data set that `auto` finds, in a list; no server is asked."""
+    name = ["digits"]
+    monkeypatch.setattr(cifar.data, "resolve", lambda data_dir, announce: name[0])
+    return name
+
+
+def test_defaults_follow_preset_and_data(found):
+    assert cifar.parse([]).config == presets.get("quick", "digits") and cifar.parse([]).preset == "quick"
     smoke = cifar.parse("--preset smoke --n-envs 4 --training.epochs 5 --lifecycle.blueprints norm".split()).config
     expected = {"n_envs": 4, "training.epochs": 5, "lifecycle.blueprints": ("norm",)}
-    assert smoke == presets.get("smoke").replace(**expected)
+    assert smoke == presets.get("smoke", "digits").replace(**expected)
+    found[0] = "cifar10"
+    assert cifar.parse([]).config == cifar.parse(["--data", "auto"]).config == presets.get("quick", "cifar10")
+    assert cifar.parse(["--preset=full"]).config == presets.get("full", "cifar10")
+
+
+def test_sizes_of_named_data_need_no_look(monkeypatch):
+    monkeypatch.setattr(cifar.data, "resolve", None)
     digits = cifar.parse("--data=digits --data-dir x --seed 3".split()).config
-    expected = {"host": presets.host("digits"), "data.name": "digits", "data.data_dir": "x", "seed": 3}
-    assert digits == presets.get("quick").replace(**expected)
+    assert digits == presets.get("quick", "digits").replace(seed=3, **{"data.data_dir": "x"})
+    shapes = cifar.parse(["--data", "shapes", "--policy-seeds", "2"]).config
+    assert shapes == presets.get("quick", "shapes").replace(policy_seeds=2) and shapes.data.image_size == 8
+    assert cifar.parse(["--data", "cifar10"]).config.data == presets.get("quick", "cifar10").data
+    assert cifar.parse("--data shapes --ppo.op-bias 0 0 0 0 0 1".split()).config.ppo.op_bias == (0, 0, 0, 0, 0, 1)
+
+
+def test_data_that_are_looked_for_are_said_and_used(found):
+    options = cifar.parse([])
+    assert (options.data, options.config.data.name) == ("digits", "digits")
+    with pytest.raises(ValueError, match="--data-dir nowhere: must be a folder that exists"):
+        cifar.parse(["--data-dir", "nowhere"])
 
 
 def test_every_option_has_its_default_in_the_help():
     code, out, _ = run("--preset", "smoke", "--help")
     assert code == 0
     text = re.sub(r"[│\s]+", " ", out)
-    assert f"--n-envs INT environments of a round (E) (default: {presets.get('smoke').n_envs})" in text
+    said = "--n-envs INT environments of a round (E), for each policy seed"
+    assert f"{said} (default: {presets.get('smoke').n_envs})" in text
     names = [f.name for f in dataclasses.fields(cifar.Options) if f.name != "config"]
     for field in dataclasses.fields(Config):
         value = getattr(presets.get("smoke"), field.name)
@@ -136,14 +163,14 @@ def test_every_option_has_its_default_in_the_help():
         (["--lifecycle.blueprints", "conv_lite"], "conv_light"),
     ],
 )
-def test_bad_options_name_the_good_ones(argv, said, capsys):
+def test_bad_options_name_the_good_ones(found, argv, said, capsys):
     with pytest.raises(SystemExit) as stop:
         cifar.parse(argv)
     assert stop.value.code == 2
     assert said in re.sub(r"[│\s]+", " ", "".join(capsys.readouterr()))
 
 
-def test_what_does_not_go_together_is_refused(tmp_path):
+def test_what_does_not_go_together_is_refused(found, tmp_path):
     with pytest.raises(ValueError, match="checkpoint-every = -1"):
         cifar.parse(["--checkpoint-every", "-1"])
     with pytest.raises(FileNotFoundError, match="run.json"):
@@ -162,10 +189,10 @@ def test_what_does_not_go_together_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--n-envs", "3"], "Config.n_envs = 3: must be a multiple of ppo.minibatches"),
+        (["--data", "digits", "--n-envs", "3"], "Config.n_envs = 3: must be a multiple of ppo.minibatches"),
         (["--data", "digits", "--training.batch-size", "5000"], "batch_size = 5000: must be at most"),
         (["--data", "digits", "--script", "{script}"], "slot = 7: must be 0 to 1"),
-        (["--out", "{folder}"], "is not empty"),
+        (["--data", "digits", "--out", "{folder}"], "is not empty"),
         (["--data-dir", "{folder}/nowhere"], "nowhere: must be a folder that exists"),
     ],
 )
@@ -193,8 +220,9 @@ def test_devices_share_environments_evenly():
     assert jax.device_count() == 4
     cfg = presets.get("smoke").replace(n_envs=8, report_envs=8, env_chunk=1, **{"ppo.minibatches": 2})
     assert compilation.spread(cfg).devices == 4
-    assert compilation.spread(cfg.replace(report_envs=6)).devices == 2
-    assert compilation.spread(cfg.replace(n_envs=6)).devices == 1
+    assert compilation.spread(cfg.replace(report_envs=6)).devices == 4  # a comparison is played in blocks of a round
+    assert compilation.spread(cfg.replace(n_envs=6)).devices == 3
+    assert compilation.spread(cfg.replace(n_envs=10)).devices == 1
     assert compilation.spread(cfg.replace(env_chunk=4)).devices == 2
     assert compilation.spread(cfg.replace(devices=3)).devices == 3
 
@@ -204,7 +232,8 @@ def test_killed_and_resumed_from_the_command_line(tmp_path):
     tiny_options = (
         "--preset", "smoke", "--data", "digits", "--training.epochs", "6", "--training.batches-per-epoch", "2",
         "--lifecycle.blueprints", "norm", "conv_light", "--host.base-channels", "4", "--n-envs", "2", "--report-envs",
-        "2", "--ppo.minibatches", "1", "--ppo.hidden-size", "8", "--devices", "1", "--rounds", "3",
+        "2", "--ppo.minibatches", "1", "--ppo.hidden-size", "8", "--devices", "1", "--rounds", "3", "--policy-seeds",
+        "2",
     )  # fmt: skip
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     code, out, err = run(*tiny_options, "--out", tmp_path / "whole", env=env)

@@ -11,44 +11,52 @@ from scipy import stats
 
 from esper_jax import plots, report
 from esper_jax.console import Console, round_note, text_table
-from esper_jax.statistics import mean_interval, signed, verdict
+from esper_jax.statistics import crossed_interval, mean_interval, signed, verdict
 from esper_jax.types import Stage
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ARMS = ("never", "random", "eager", "policy")
 
 
-def run_arrays(envs=6, epochs=10, slots=3, rounds=3):
-    """Arrays of a run that was never made: `eager` gains 3 points, `policy` 1, `random` nothing."""
+def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2):
+    """Arrays of a run that was never made: `eager` gains 3 points, `policy` 1, `random` nothing.
+
+    `eager` and the first policy keep a seed, at 2.5 and 1.5 times the host's parameters; the other policies prune it.
+    """
     rng = np.random.default_rng(0)
-    shape = (len(ARMS), envs, epochs)
+    names = (*ARMS, *["policy"] * (policies - 1))
+    shape = (len(names), envs, epochs)
     luck = rng.normal(0, 2, (envs, 1))
-    gain = np.array([0, 0, 3, 1])[:, None, None]
+    gain = np.array([0, 0, 3, *[1] * policies])[:, None, None]
     accuracy = 30 + np.arange(epochs) + luck + gain * np.linspace(0, 1, epochs) + rng.normal(0, 0.3, shape)
     stage = np.full((*shape, slots), Stage.DORMANT, np.int8)
     life = [Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]
     stage[2, :, 2:8, 0] = life
     stage[2, :, 8:, 0] = Stage.FOSSILIZED
     pruned = [Stage.GERMINATED, Stage.PRUNED, Stage.EMBARGOED, Stage.EMBARGOED, Stage.RESETTING, Stage.DORMANT]
-    stage[3, :, 4:, 1] = pruned
+    stage[3, :, 8:, 0] = Stage.FOSSILIZED
+    stage[3:, :, 4:, 1] = pruned
     alpha = np.select([stage == Stage.BLENDING, (stage == Stage.HOLDING) | (stage == Stage.FOSSILIZED)], [0.5, 1.0])
     blueprint = np.where((stage > Stage.DORMANT) & (stage <= Stage.FOSSILIZED), 1, -1).astype(np.int8)
     panic = np.zeros(shape, bool)
     panic[2, :, 5] = True
-    params = np.full(shape, 1000)
-    params[2, :, 2:] = 2500
+    committed_size = np.ones(shape)
+    committed_size[2, :, 7:], committed_size[3, :, 8:] = 2.5, 1.5
     counts = {name: np.zeros(shape[:2], int) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
     counts["germinated"][2:] = 1
-    reward = rng.normal(0, 1, (rounds, envs, epochs))
-    reward[:, :, 0] = np.nan
+    counts["fossilised"][2:4] = 1
+    reward = rng.normal(0, 1, (rounds, policies, envs, epochs))
+    reward[..., 0] = np.nan
+    committed = accuracy[:, :, -1]
     return {
-        "arms/names": np.array(ARMS),
+        "arms/names": np.array(names), "arms/policy_seed": np.array([0, 0, 0, *range(policies)]),
         "arms/val_accuracy": accuracy,
-        "arms/test_accuracy": accuracy[:, :, -1],
+        "arms/test_committed": committed, "arms/test_committed_loss": 2 - committed / 50,
+        "arms/test_accuracy": committed + 50,  # of what was not kept, and counts for nothing
         "arms/stage": stage, "arms/alpha": alpha, "arms/blueprint": blueprint, "arms/panic": panic,
-        "arms/params": params, **{f"arms/{name}": count for name, count in counts.items()},
-        "rounds/reward": reward, "rounds/val_accuracy": accuracy[:rounds],
-        "learner/entropy": np.linspace(0.9, 0.7, rounds),
+        "arms/committed_size": committed_size, **{f"arms/{name}": count for name, count in counts.items()},
+        "rounds/reward": reward, "rounds/stage": np.stack([stage[-policies:]] * rounds),
+        "learner/entropy": np.linspace(0.9, 0.7, rounds)[:, None] + np.zeros(policies),
     }  # fmt: skip
 
 
@@ -75,21 +83,96 @@ def test_few_samples_have_no_interval():
     assert signed(none.mean) == "-" and signed(-1.0) == "-1.00" and signed(0.5, 1) == "+0.5"
 
 
+def test_one_policy_has_the_interval_over_environments():
+    samples = np.random.default_rng(3).normal(1, 2, (1, 7))
+    assert crossed_interval(samples) == mean_interval(samples[0])
+    assert crossed_interval(np.array([[1.0], [3.0]]))[:1] == (2.0,)  # one environment: a mean and no more
+    assert np.isnan(crossed_interval(np.array([[1.0], [3.0]])).low) and np.isnan(crossed_interval([[np.nan]]).mean)
+
+
+def test_interval_of_policies_and_environments_by_hand():
+    """Mean 3; of policies 1.5 and 4.5, of environments 2 and 4: mean squares 9 and 4, of the rest 4 x 0.5^2 = 1."""
+    got = crossed_interval(np.array([[1.0, 2.0], [3.0, 6.0]]))
+    # variance (9 + 4 - 1) / 4 = 3 with 12^2 / (9^2 + 4^2 + 1^2) degrees of freedom
+    half = np.sqrt(3) * stats.t.ppf(0.975, 144 / 98)
+    np.testing.assert_allclose(got, (3, 3 - half, 3 + half, 2))
+    # policies that differ by less than the rest does: 0, raised to the rest's 1; environments 9
+    got = crossed_interval(np.array([[1.0, 5.0], [2.0, 4.0]]))
+    half = np.sqrt(9 / 4) * stats.t.ppf(0.975, 9**2 / (1 + 9**2 + 1))
+    np.testing.assert_allclose(got, (3, 3 - half, 3 + half, 2))
+    # an environment that one policy was not measured in is left out
+    gap = crossed_interval(np.array([[1.0, 2.0, 50.0], [3.0, 6.0, np.nan]]))
+    np.testing.assert_allclose(gap, crossed_interval(np.array([[1.0, 2.0], [3.0, 6.0]])))
+    flat = crossed_interval(np.zeros((3, 4)))
+    assert flat == (0, 0, 0, 4) and not flat.excludes_zero
+
+
+@pytest.mark.parametrize(
+    ("policies", "deviations", "most"),
+    [(3, (1.0, 1.0, 1.0), 0.98), (4, (0.5, 2.0, 1.0), 0.98), (3, (0.0, 1.0, 1.0), 1.0)],
+)
+def test_interval_covers_other_policies_and_environments(policies, deviations, most):
+    """Effects of policy, of environment and of both; without one of the policy it may cover more often."""
+    rng, envs, repetitions = np.random.default_rng(4), 32, 2000
+    shapes = ((policies, 1), (1, envs), (policies, envs))
+    effects = [rng.normal(0, d, (repetitions, *shape)) for d, shape in zip(deviations, shapes, strict=True)]
+    intervals = [crossed_interval(samples) for samples in sum(effects)]
+    assert 0.93 < np.mean([low < 0 < high for _, low, high, _ in intervals]) < most
+
+
 def test_verdict_claims_what_the_intervals_show():
     arrays = run_arrays()
     claim = report.sentence(arrays, "cifar10")
     assert len(re.findall(r"\.(?!\d)", claim)) == 1 and claim.endswith(".")  # one sentence
     assert re.search(r"better than never: eager \(\+3\.\d\d \[.*\]\), policy \(\+1\.", claim)
     assert "nothing may be claimed about random against never" in claim
-    assert re.search(r"the policy is better than random", claim) and re.search(r"the policy is worse than eager", claim)
-    assert "6 environments per arm" in claim and "one training seed" in claim and "CIFAR-10" not in claim
+    assert re.search(r"; policy is better than random", claim) and re.search(r"; policy is worse than eager", claim)
+    assert "by report-test accuracy of what was kept of 6 environments per arm" in claim and "CIFAR-10" not in claim
     assert "nothing may be claimed about CIFAR-10" in report.sentence(arrays, "shapes")
 
 
+def test_verdict_on_training_needs_several_policies():
+    alone, two = (report.sentence(run_arrays(policies=n), "cifar10") for n in (1, 2))
+    said = "one policy was trained, so nothing may be claimed about how training varies"
+    assert said in alone and "trained from" not in alone
+    assert "and 2 policies trained from different seeds" in two and "one policy" not in two
+
+
+def verdict_of(gain, sizes, noise=0.1):
+    """Of two policies that gain so much over `eager`; parameters are those of the two."""
+    rng = np.random.default_rng(5)
+    never, sample = rng.normal(30, 2, (1, 8)), lambda policies: rng.normal(0, noise, (policies, 8))
+    accuracy = {"never": never, "eager": never + 5 + sample(1), "policy": never + 5 + gain + sample(2)}
+    size = dict(zip(("never", "eager", "policy"), ([[1.0]], *([[n]] for n in sizes)), strict=True))
+    options = {"learned": ("policy", "policy_greedy"), "baseline": "never", "data": "cifar10", "metric": "accuracy"}
+    return verdict(accuracy, {arm: np.array(n) for arm, n in size.items()}, **options)
+
+
+@pytest.mark.parametrize(
+    ("gain", "sizes", "noise", "said"),
+    [
+        (1, (3.0, 1.5), 0.1, r"; policy is better than eager \(\+[01]\.\d\d \[\+0\.\d\d, \+1\.\d\d\]\)\."),
+        # adds 0.5 of the host, and eager 2
+        (-1, (3.0, 1.5), 0.1, r"; policy is not worse by more than 2 points than eager \(-[01]\.\d\d \[-1\.\d\d, "
+         r"-0\.\d\d\]\) with 0\.25 times the parameters that it adds\."),
+        (0, (3.0, 1.9), 0.1, r"; policy is not worse by more than 2 points than eager .* with 0\.45 times"),
+        (-1, (3.0, 2.0), 0.1, r"; policy is worse than eager \("),
+        (0, (3.0, 2.0), 0.1, r"; nothing may be claimed about policy against eager\."),
+        (-3, (3.0, 1.5), 0.1, r"; policy is worse than eager \("),
+        (0, (3.0, 1.5), 9.0, r"; nothing may be claimed about policy against eager\."),
+        (0, (1.0, 1.0), 0.1, r"; nothing may be claimed about policy against eager\."),  # eager kept nothing
+    ],
+)  # fmt: skip
+def test_verdict_on_a_policy_against_a_rule(gain, sizes, noise, said):
+    assert re.search(said, verdict_of(gain, sizes, noise))
+
+
 def test_verdict_without_enough_environments_claims_nothing():
-    accuracy = {"never": np.array([1.0]), "eager": np.array([5.0]), "policy": np.array([9.0])}
-    claim = verdict(accuracy, policy="policy", baseline="never", data="cifar10", metric="accuracy")
-    assert "better" not in claim and "nothing may be claimed about eager, policy against never" in claim
+    accuracy = {"never": np.array([[1.0]]), "eager": np.array([[5.0]]), "policy": np.array([[9.0]])}
+    size = dict.fromkeys(accuracy, np.array([[1.0]])) | {"eager": np.array([[9.0]])}
+    claim = verdict(accuracy, size, learned=("policy",), baseline="never", data="cifar10", metric="accuracy")
+    assert not re.search("better|worse", claim) and "nothing may be claimed about eager, policy against never" in claim
+    assert "nothing may be claimed about policy against eager" in claim
 
 
 def test_table():
@@ -98,26 +181,42 @@ def test_table():
     assert rows["never"]["minus never"] == "-" and rows["never"]["params"] == "x1.00"
     assert rows["eager"]["minus never"].endswith("*") and rows["eager"]["params"] == "x2.50"
     assert not rows["random"]["minus never"].endswith("*")
-    assert rows["policy"]["seeds"] == "1.0" and rows["policy"]["kept"] == "0.0"
+    # of the two policies one keeps a seed, at half the host's parameters
+    assert rows["policy"]["kept"] == "0.5" and rows["policy"]["params"] == "x1.25"
+    arrays = run_arrays()
+    for arm, row in rows.items():
+        here = arrays["arms/names"] == arm
+        assert row["test %"] == f"{arrays['arms/test_committed'][here].mean():.2f}"  # what was kept comes first
+        assert row["final %"] == f"{arrays['arms/test_accuracy'][here].mean():.2f}"
+    assert report.COLUMNS.index("test %") < report.COLUMNS.index("final %")
+    # 3 points are 0.06 nats here
+    assert rows["eager"]["minus never"].startswith("+3.") and rows["eager"]["loss - never"].startswith("-0.06 ±")
     text = text_table(report.COLUMNS, report.table(run_arrays())).splitlines()
     assert max(map(len, text)) <= 79
     assert len(text) == 5 and text[0].startswith("arm") and len({line.rindex(" ") for line in text[1:]}) == 1
 
 
 def test_table_of_one_environment_has_no_intervals():
-    row = report.table(run_arrays(envs=1))[2]
-    assert "±" not in row[1] + row[2] and "nan" not in " ".join(row)
+    for row in report.table(run_arrays(envs=1)):
+        assert not re.search(r"±|\*|nan", " ".join(row))
 
 
-@pytest.mark.parametrize("draw", [plots.curves, plots.seeds, plots.learning])
-@pytest.mark.parametrize("envs", [1, 6])
-def test_pictures(tmp_path, draw, envs):
-    caption = draw(tmp_path / "x.png", run_arrays(envs=envs), "shapes")
+@pytest.mark.parametrize("draw", [plots.grown, plots.curves, plots.seeds, plots.learning])
+@pytest.mark.parametrize(("envs", "policies"), [(1, 2), (6, 1), (6, 3)])
+def test_pictures(tmp_path, draw, envs, policies):
+    caption = draw(tmp_path / "x.png", run_arrays(envs=envs, policies=policies), "shapes")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG) and len(caption) > 20
 
 
+def test_a_run_that_kept_nothing_can_be_drawn(tmp_path):
+    arrays = run_arrays()
+    arrays["arms/stage"][:] = Stage.DORMANT
+    plots.grown(tmp_path / "x.png", arrays, "shapes")
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
 def test_pictures_of_a_real_run(tmp_path):
-    for draw in (plots.curves, plots.seeds):
+    for draw in (plots.grown, plots.curves, plots.seeds):
         draw(tmp_path / "x.png", tiny_run.result().metrics, "tiny")
 
 
@@ -162,7 +261,9 @@ def test_quiet_keeps_warnings_and_results():
 
 def test_round_note_has_the_numbers():
     note = round_note(tiny_run.result().rounds[0])
-    assert re.fullmatch(r"acc=\d+\.\d  return=-?\d+\.\d\d  kept=\d\.\d  kl=-?\d\.\d+  entropy=\d\.\d\d( .*)?", note)
+    number = r"-?\d+\.\d\d"  # a return for each of the two policies
+    said = rf"acc=\d+\.\d  return={number} {number}  kept=\d\.\d  kl=-?\d\.\d+  entropy=\d\.\d\d( .*)?"
+    assert re.fullmatch(said, note)
 
 
 def test_every_stage_can_be_drawn():

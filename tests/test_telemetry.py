@@ -8,9 +8,12 @@ import pytest
 import tiny_run
 
 from esper_jax import telemetry
+from esper_jax.train import LEARNED
 from esper_jax.types import Op, Stage
 
-E, T, S = tiny_run.CONFIG.n_envs, tiny_run.CONFIG.training.epochs, 2
+P, E, T, S = tiny_run.CONFIG.policy_seeds, tiny_run.CONFIG.n_envs, tiny_run.CONFIG.training.epochs, 2
+ROWS = tiny_run.ROWS
+HOST = 375  # parameters: convolutions 36 + 288, BatchNorm 8 + 16, the last layer 27
 
 
 def metrics():
@@ -19,18 +22,19 @@ def metrics():
     return stacked | tiny_run.result().metrics
 
 
-def arm(name, field):
-    return metrics()[f"arms/{field}"][tiny_run.ARMS.index(name)]
+def arm(name, field, policy=0):
+    return metrics()[f"arms/{field}"][ROWS.index(name) + policy]
 
 
 def test_shapes_and_dtypes():
-    arrays, arms = metrics(), len(tiny_run.ARMS)
-    assert arrays["rounds/reward"].shape == (tiny_run.CONFIG.rounds, E, T)
-    assert arrays["rounds/stage"].shape == (tiny_run.CONFIG.rounds, E, T, S)
-    assert arrays["learner/entropy"].shape == (tiny_run.CONFIG.rounds,)
+    arrays, arms = metrics(), len(ROWS)
+    assert arrays["rounds/reward"].shape == (tiny_run.CONFIG.rounds, P, E, T)
+    assert arrays["rounds/stage"].shape == (tiny_run.CONFIG.rounds, P, E, T, S)
+    assert arrays["learner/entropy"].shape == arrays["learner/return_scale"].shape == (tiny_run.CONFIG.rounds, P)
     assert arrays["arms/alpha"].shape == (arms, E, T, S)
     assert arrays["arms/test_table"].shape == (arms, E, 4)
-    assert list(arrays["arms/names"]) == list(tiny_run.ARMS)
+    # a rule has one row, a learned arm one for each of the two policies
+    assert list(arrays["arms/names"]) == list(ROWS) and arrays["arms/policy_seed"].tolist() == [0, 0, 0, 0, 1, 0, 1]
     assert arrays["arms/stage"].dtype == np.int8 and arrays["arms/params"].dtype == np.int32
     assert not any(array.dtype == object for array in arrays.values())
 
@@ -52,7 +56,7 @@ def test_what_was_not_measured_is_nan_under_its_mask():
 def test_reward_is_the_sum_of_its_components():
     arrays = metrics()
     names = [name for name in arrays if name.startswith("arms/reward_")]
-    assert len(names) == 13
+    assert len(names) == 16
     total = sum(arrays[name].astype(np.float64) for name in names)
     np.testing.assert_allclose(total[..., 1:], arrays["arms/reward"][..., 1:], rtol=1e-5, atol=1e-5)
 
@@ -81,13 +85,22 @@ def test_round_log_goes_on_where_the_checkpoint_is(tmp_path):
 
 def test_outcomes(tmp_path):
     rows = telemetry.outcomes(metrics())
-    assert [(row["arm"], row["env"]) for row in rows] == [(name, env) for name in tiny_run.ARMS for env in range(E)]
+    expected = [(name, p) for name in tiny_run.ARMS for p in range(P if name in LEARNED else 1)]
+    assert [(row["arm"], row["policy_seed"], row["env"]) for row in rows] == [
+        (*arm_and_policy, env) for arm_and_policy in expected for env in range(E)
+    ]
     for row in rows:
-        assert row["test_accuracy"] == arm(row["arm"], "test_accuracy")[row["env"]]
-        assert row["return"] == pytest.approx(arm(row["arm"], "reward")[row["env"], 1:].sum(), abs=1e-4)
+        value = lambda field, row=row: arm(row["arm"], field, row["policy_seed"])[row["env"]]
+        assert (row["test_accuracy"], row["test_accuracy_final"]) == (value("test_committed"), value("test_accuracy"))
+        assert (row["test_loss"], row["test_loss_final"]) == (value("test_committed_loss"), value("test_loss"))
+        assert row["return"] == pytest.approx(value("reward")[1:].sum(), abs=1e-4)
+        # relative to the bare host: what was kept, and what there is at the end
+        assert row["params"] == value("committed_size")[-1] and row["params_final"] == value("params")[-1] / HOST
     still = [row for row in rows if row["arm"] == "never"]
-    assert all(row["params_ratio"] == 1 and row["germinated"] == 0 for row in still)
-    assert all(row["params_ratio"] > 1 and row["germinated"] > 0 for row in rows if row["arm"] == "eager")
+    assert all(row["params"] == row["params_final"] == 1 and row["germinated"] == row["return"] == 0 for row in still)
+    grown = [row for row in rows if row["arm"] == "eager"]
+    assert all(row["params_final"] > 1 and row["germinated"] > 0 for row in grown)
+    assert all((row["params"] > 1) == (row["fossilised"] > 0) for row in rows)
 
     rows[0]["test_loss"] = float("nan")
     telemetry.write_csv(tmp_path / "outcomes.csv", rows, telemetry.OUTCOMES)
@@ -104,7 +117,7 @@ def test_lifecycle_rows_replay_every_stage(tmp_path):
     stage = metrics()["arms/stage"]
     replayed = np.full(stage.shape, Stage.DORMANT)
     for row in rows:
-        a = tiny_run.ARMS.index(row["arm"])
+        a = ROWS.index(row["arm"]) + row["policy_seed"]
         place = (a, row["env"], slice(row["epoch"] - 1, None), row["slot"])
         assert replayed[place][0] == Stage[row["from"]]
         replayed[place] = Stage[row["to"]]
@@ -126,11 +139,11 @@ def test_lifecycle_rows_say_why():
 
 def test_a_rollback_is_the_governors():
     arrays = {name: array.copy() for name, array in metrics().items()}
-    a = tiny_run.ARMS.index("eager")
+    a = ROWS.index("eager")
     moved = np.argwhere(np.diff(arrays["arms/stage"][a].astype(int), axis=1))
     e, t, s = moved[0] + (0, 1, 0)
     arrays["arms/panic"][a, e, t] = True
     arrays["arms/panic_reason"][a, e, t] = 1
-    place = {"arm": "eager", "env": e, "epoch": t + 1, "slot": s}
+    place = {"arm": "eager", "policy_seed": 0, "env": e, "epoch": t + 1, "slot": s}
     here = [row for row in telemetry.lifecycle(arrays) if place.items() <= row.items()]
     assert [(row["cause"], row["panic"]) for row in here] == [("governor", "non_finite")]

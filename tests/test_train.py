@@ -1,4 +1,4 @@
-"""Rounds on a tiny configuration: reproducible, independent of population and devices, compiled once."""
+"""Rounds on a tiny configuration: reproducible, independent of population, policies and devices, compiled once."""
 
 import functools
 
@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_run
 
 from esper_jax import devices
 from esper_jax.config import PPOConfig
 from esper_jax.control import baselines
 from esper_jax.devices import EACH, SAME
-from esper_jax.train import make_train
+from esper_jax.env.reward import Course
+from esper_jax.train import BASELINE, LEARNED, Who, bind, make_train, round_of
 from esper_jax.types import Op
 
-T, E = 4, 8
+P, T, E = 2, 12, 8
 # One minibatch: how environments are put together into several depends on the number of devices.
 CFG = tiny.CONFIG.replace(
-    n_envs=E, report_envs=E, ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
+    n_envs=E, report_envs=E, policy_seeds=P, ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
     **{"training.epochs": T},
 )  # fmt: skip
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
@@ -32,18 +34,22 @@ def unoptimised():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+RULES = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
+
+
 @functools.cache
 def train(n_devices):
-    rules = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
-    return make_train(CFG.replace(devices=n_devices), tiny.dataset(), rules)
+    return make_train(CFG.replace(devices=n_devices), tiny.dataset(), RULES)
 
 
 def rounds(n, *, n_devices=1, seed=0):
     """Run states and metrics of the first rounds."""
     key = jax.random.key(seed)
     out = [(train(n_devices).init(key), None)]
-    for _ in range(n):
-        out.append(train(n_devices).update(key, out[-1][0]))
+    for number in range(n):
+        with tiny_run.compilations() as seconds:
+            out.append(train(n_devices).update(key, out[-1][0]))
+        assert not (number and seconds), "something was compiled again"
     return out
 
 
@@ -52,16 +58,36 @@ def two_rounds(n_devices):
     return rounds(2, n_devices=n_devices)
 
 
-def rollout(ids, controller="policy", *, n_devices=1, seed=3):
+@functools.cache
+def comparison():
+    """All controllers, after the first round."""
+    t = train(1)
+    return t.compare(jax.random.key(0), two_rounds(1)[1][0], t.controllers)
+
+
+def everyone():
+    """The episodes of a round: rows of the two policies and of the twin."""
+    return round_of(CFG, train(1).controllers)
+
+
+def rollout(who, *, n_devices=1, seed=3):
     t = train(n_devices)
     run = two_rounds(n_devices)[1][0]
     key = devices.replicate(jax.random.key(seed), devices.make_mesh(n_devices))
-    return jax.device_get(t.rollout(t.dataset, run, key, jnp.int32(t.controllers.index(controller)), np.int32(ids)))
+    return t.rollout(t.dataset, run, key, who)
 
 
 def equal(one, other):
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+def part(tree, *index):
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
+
+
+def of_policy(run, p):
+    return part(run.replace(round=np.zeros(len(run.returns.var))), p)
 
 
 def test_the_same_seed_gives_the_same_rounds():
@@ -78,71 +104,191 @@ def test_the_same_seed_gives_the_same_rounds():
 def test_rows_of_an_episode():
     """Row 0 is the birth: WAIT, whoever acts; the last row is terminal; values are those of the policy."""
     rows = two_rounds(1)[1][1].rollout
-    assert rows.reward.shape == (E, T) and rows.features.shape[:2] == (E, T)
-    assert (rows.action.op[:, 0] == Op.WAIT).all() and rows.terminal[:, -1].all() and not rows.terminal[:, :-1].any()
-    assert not rows.reset.any() and not rows.info.panic.any()
-    assert rows.value[:, 1:].any() and (rows.log_prob[:, 1:] < 0).any()
+    assert rows.reward.shape == (P, E, T) and rows.features.shape[:3] == (P, E, T)
+    assert (rows.action.op[..., 0] == Op.WAIT).all() and rows.terminal[..., -1].all()
+    assert not rows.terminal[..., :-1].any() and not rows.reset.any() and not rows.info.panic.any()
+    for p in range(P):
+        assert rows.value[p, :, 1:].any() and (rows.log_prob[p, :, 1:] < 0).any()
     assert (rows.info.legal | (rows.action.op == Op.WAIT)).all()
 
 
 def test_the_policy_is_unchanged_when_the_first_update_starts():
     for _, metrics in two_rounds(1)[1:]:
-        assert metrics.learner["ratio_error"] < 1e-5
+        assert metrics.learner["ratio_error"].shape == (P,) and (metrics.learner["ratio_error"] < 1e-5).all()
     # and it changes: normalisers too, whose statistics are those of E episodes without their births
     (before, _), (after, _) = two_rounds(1)[:2]
-    assert not equal(before.learner.params, after.learner.params)
-    assert not equal(before.observations, after.observations) and not equal(before.rewards, after.rewards)
+    for p in range(P):
+        for field in ("learner", "observations", "returns"):
+            assert not equal(part(getattr(before, field), p), part(getattr(after, field), p))
+    assert equal(before.hypers, after.hypers)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(two_rounds(1)[2][0].learner.params))
 
 
-def test_an_environment_does_not_depend_on_its_place():
-    """Bitwise: the same environments at other places, beside others."""
-    rows, states = rollout(np.arange(8))
-    order = np.array([7, 30, 2, 12, 0, 25, 31, 5])
-    shuffled, shuffled_states = rollout(order)
-    known = np.flatnonzero(order < 8)
-    assert len(known) == 4 and len(np.unique(np.asarray(shuffled.info.val_loss[:, 0]))) == 8
-    for one, other in ((shuffled, rows), (shuffled_states, states)):
-        assert equal(jax.tree.map(lambda leaf: leaf[known], one), jax.tree.map(lambda leaf: leaf[order[known]], other))
+def test_an_episode_does_not_depend_on_its_place():
+    """Bitwise: the same controllers, policies and environments at other places, beside others."""
+    who, places = everyone(), (P + 1) * E
+    flat = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).reshape(places, *leaf.shape[2:]), tree)
+    order = np.random.default_rng(0).permutation(places)
+    new = order % 2 == 1  # these get environments that the other rollout has not
+    shuffled = Who(*(column.reshape(P + 1, E) for column in part(flat(who), order)))
+    shuffled = shuffled._replace(env=shuffled.env + E * new.reshape(P + 1, E).astype(np.int32))
+    before, after = flat(rollout(who)), flat(rollout(shuffled))
+    births = np.asarray(after[0].info.val_loss[:, 0])
+    assert len(np.unique(births)) == len(np.unique(shuffled.env)) == 2 * (E // 2)  # even ones, and odd ones plus E
+    assert equal(part(after, ~new), part(before, order[~new]))
+    assert not np.isin(births[new], before[0].info.val_loss[:, 0]).any()
 
 
 def test_controllers_are_compared_on_the_same_births():
-    t, (run, _) = train(1), two_rounds(1)[1]
-    results = {name: jax.device_get(t.compare(jax.random.key(0), run, name)) for name in t.controllers}
-    assert t.controllers == ("never", "random", "eager", "policy")
-    birth = lambda result: jax.tree.map(lambda leaf: leaf[:, 0], (result.rollout.info, result.rollout.features))
-    for result in results.values():
-        assert equal(birth(result), birth(results["never"]))
-        assert result.test.table.shape == (E, 4) and ((result.test.accuracy >= 0) & (result.test.accuracy <= 100)).all()
+    t, results = train(1), comparison()
+    assert t.controllers == ("never", "random", "eager", "policy", "policy_greedy") == tuple(results)
+    birth = lambda result, p=0: part((result.rollout.info, result.rollout.features), p, slice(None), 0)
+    for name, result in results.items():
+        policies = P if name in LEARNED else 1
+        assert result.test.table.shape == (policies, E, 4) and result.germinated.shape == (policies, E)
+        assert all(equal(birth(result, p), birth(results["never"])) for p in range(policies))
+        assert ((result.test.accuracy >= 0) & (result.test.accuracy <= 100)).all()
     assert not results["never"].germinated.any() and not np.asarray(results["never"].rollout.action.op).any()
     # eager: a seed in each of the two slots, then the first to training
     assert (results["eager"].germinated == 2).all()
-    assert results["eager"].rollout.action.op[0].tolist() == [Op.WAIT, Op.GERMINATE, Op.GERMINATE, Op.ADVANCE]
+    assert results["eager"].rollout.action.op[0, 0, :4].tolist() == [Op.WAIT, Op.GERMINATE, Op.GERMINATE, Op.ADVANCE]
     # a seed that only germinates leaves the host alone: the same test accuracy as without one
-    assert equal(results["eager"].rollout.info.val_loss[:, :3], results["never"].rollout.info.val_loss[:, :3])
+    losses = {name: results[name].rollout.info.val_loss for name in ("eager", "never")}
+    assert equal(losses["eager"][..., :3], losses["never"][..., :3])
+    # policies act by chance on keys of their own, greedily without any, and differ
+    for one, other in (("policy", "policy"), ("policy", "policy_greedy")):
+        assert not equal(part(results[one].rollout.action, 0), part(results[other].rollout.action, 1))
     # episodes of a comparison are not those of a round
-    assert not equal(birth(results["policy"])[0].val_loss, two_rounds(1)[1][1].rollout.info.val_loss[:, 0])
+    assert not equal(birth(results["policy"])[0].val_loss, two_rounds(1)[1][1].rollout.info.val_loss[0, :, 0])
+
+
+def test_an_arm_does_not_depend_on_who_else_is_compared():
+    """Bitwise: neither on the other arms, whose episodes share its blocks, nor on how many environments there are."""
+    t, run = train(1), two_rounds(1)[1][0]
+    programs = {name: getattr(t, name) for name in ("rollout", "pay", "learn", "report", "start", "keys")}
+    for cfg, names in ((CFG, ["policy_greedy", "random"]), (CFG.replace(report_envs=3), t.controllers)):
+        some = bind(cfg.replace(devices=1), t.dataset, t.controllers, **programs)
+        for name, result in some.compare(jax.random.key(0), run, names).items():
+            assert tiny.equal(result, part(comparison()[name], slice(None), slice(cfg.report_envs))), name
+
+
+# --- what is paid ---
+
+
+def test_nothing_is_paid_until_a_seed_is_blended_in():
+    """Bitwise 0 until then, in every episode; `never` always."""
+    assert not np.asarray(comparison()["never"].rollout.reward).view(np.int32).any()
+    grown = 0
+    for rows in (two_rounds(1)[1][1].rollout, *(result.rollout for result in comparison().values())):
+        live = np.maximum.accumulate(np.asarray(rows.info.alpha).max(-1) > 0, axis=-1)
+        assert not np.asarray(rows.reward)[~live].view(np.int32).any()
+        grown += np.count_nonzero(np.asarray(rows.reward)[live])
+    assert grown > 0
+
+
+def worth(info, twin, scale=30.0, price=0.5, harvest=1.0):
+    """The last value by hand, in points; f[R] of one row of the comparison."""
+    last = part(info, slice(None), -1)
+    value = lambda loss, size: scale * (twin[:, -1] - loss) - price * (size - 1.0)
+    kept, whole = value(last.committed_loss, last.committed_size), value(last.val_loss, last.blended_size)
+    return harvest * kept + (1 - harvest) * whole
+
+
+def test_returns_are_the_last_value():
+    results = comparison()
+    twin = np.float64(results["never"].rollout.info.val_loss[0])
+    for result in results.values():
+        rows = result.rollout
+        assert not rows.info.panic.any() and rows.info.accepted.all() and (rows.info.val_loss < 10).all()
+        for p, reward in enumerate(np.float64(rows.reward)):
+            np.testing.assert_allclose(reward.sum(-1), worth(part(rows.info, p), twin), atol=1e-4)
+            total = sum(np.float64(leaf[p]) for leaf in jax.tree.leaves(rows.info.components))
+            np.testing.assert_allclose(total, reward, atol=1e-5)
+    eager = results["eager"]
+    assert (eager.fossilised > 0).all() and (eager.rollout.info.committed_size[..., -1] > 1).all()
+
+
+# --- policies side by side ---
+
+
+def test_policies_share_their_environments():
+    """The births of a round are the same, what follows is not, and no policy is another one."""
+    rows = two_rounds(1)[1][1].rollout
+    births = part((rows.info, rows.features), slice(None), slice(None), 0)
+    assert equal(part(births, 0), part(births, 1))
+    assert not equal(rows.action.op[0], rows.action.op[1])
+    for run, _ in two_rounds(1):
+        assert not equal(part(run.learner.params, 0), part(run.learner.params, 1))
+
+
+def test_a_policy_does_not_depend_on_the_others():
+    """Bitwise: its start and its keys without them, its round beside another one."""
+    t, key = train(1), jax.random.key(0)
+    alone = make_train(CFG.replace(devices=1, policy_seeds=1), tiny.dataset(), {})
+    assert tiny.equal(of_policy(alone.init(key), 0), of_policy(two_rounds(1)[0][0], 0))
+    env_key, learn_keys = map(jax.random.key_data, t.keys(key, 3))
+    env_key_alone, learn_keys_alone = map(jax.random.key_data, alone.keys(key, 3))
+    assert learn_keys.shape[0] == P and not equal(learn_keys[0], learn_keys[1])
+    assert equal(env_key, env_key_alone) and equal(learn_keys[:1], learn_keys_alone)
+
+    run, (after, metrics) = two_rounds(1)[0][0], two_rounds(1)[1]
+    halved = lambda leaf: np.concatenate([np.asarray(leaf)[:1], np.asarray(leaf)[1:] * 0.5])
+    changed = run.replace(learner=run.learner.replace(params=jax.tree.map(halved, run.learner.params)))
+    beside, beside_metrics = t.update(key, devices.replicate(changed, devices.make_mesh(1)))
+    assert tiny.equal(of_policy(beside, 0), of_policy(after, 0))
+    assert tiny.equal(part(beside_metrics, 0), part(metrics, 0))
+    assert not equal(beside_metrics.rollout.value[1], metrics.rollout.value[1])
+
+
+def test_a_grid_of_hypers_is_one_run():
+    """Policy 1 with a price, a share of the harvest and a step of its own; policy 0 as it was, bitwise."""
+    t, key = train(1), jax.random.key(0)
+    hypers = two_rounds(1)[0][0].hypers
+    assert hypers.ppo.learning_rate.shape == (P,)
+    grid = hypers.replace(
+        ppo=hypers.ppo.replace(learning_rate=jnp.float32([CFG.ppo.learning_rate, 0.01])),
+        reward=hypers.reward.replace(price=jnp.float32([0.5, 4.0]), harvest=jnp.float32([1.0, 0.25])),
+    )
+    comparison()
+    start = t.init(key, grid)
+    with tiny_run.compilations() as seconds:
+        run, metrics = t.update(key, start)
+        results = t.compare(key, run, ["never", "eager", "policy"])
+    assert not seconds, "something was compiled again"
+    (before, _), (default, default_metrics) = two_rounds(1)[:2]
+    assert tiny.equal(start.replace(hypers=hypers), before)
+    assert tiny.equal(of_policy(run, 0), of_policy(default, 0))
+    # the same episodes, paid and learned from otherwise
+    assert equal(metrics.rollout.info.val_loss, default_metrics.rollout.info.val_loss)
+    assert not equal(metrics.rollout.reward[1], default_metrics.rollout.reward[1])
+    assert not equal(part(run.learner.params, 1), part(default.learner.params, 1))
+    twin = np.float64(results["never"].rollout.info.val_loss[0])
+    for name, p, weights in (("policy", 0, {}), ("policy", 1, {"price": 4.0, "harvest": 0.25}), ("eager", 0, {})):
+        rows = part(results[name].rollout, p)
+        np.testing.assert_allclose(np.float64(rows.reward).sum(-1), worth(rows.info, twin, **weights), atol=1e-4)
 
 
 def test_an_unknown_controller_is_refused():
-    with pytest.raises(ValueError, match="controller 'greedy': must be one of never, random, eager, policy"):
-        train(1).compare(jax.random.key(0), two_rounds(1)[0][0], "greedy")
-    with pytest.raises(ValueError, match="'policy' is given: that name is the learned policy's"):
-        make_train(CFG.replace(devices=1), tiny.dataset(), {"policy": baselines.never()})
+    with pytest.raises(ValueError, match="controller 'greedy': must be one of never, random, eager, policy, policy_gr"):
+        train(1).compare(jax.random.key(0), two_rounds(1)[0][0], ["greedy"])
+    for name in LEARNED:
+        with pytest.raises(ValueError, match=f"'{name}' is given: that name is the learned policy's"):
+            make_train(CFG.replace(devices=1), tiny.dataset(), {name: baselines.never()})
+    assert make_train(CFG.replace(devices=1), tiny.dataset(), {}).controllers == (BASELINE, *LEARNED)
 
 
 @pytest.mark.parametrize("n_devices", [1, 4])
 def test_a_run_compiles_once(n_devices):
     """Later rounds, and every controller, go through the programs of the first round."""
-    t, (run, _) = train(n_devices), two_rounds(n_devices)[2]
-    sizes = lambda: (t.rollout._cache_size(), t.learn._cache_size())
-    assert sizes() == (1, 1)
-    run, _ = t.update(jax.random.key(0), run)
+    t, (run, _), key = train(n_devices), two_rounds(n_devices)[2], jax.random.key(0)
     if n_devices == 1:
-        for name in ("never", "policy"):
-            t.compare(jax.random.key(0), run, name)
-        assert t.report._cache_size() == 1
-    assert sizes() == (1, 1)
+        comparison()
+    with tiny_run.compilations() as seconds:
+        run, _ = t.update(key, run)
+        if n_devices == 1:
+            for names in (["never"], ["policy", "random"], t.controllers):
+                t.compare(key, run, names)
+    assert not seconds, "something was compiled again"
 
 
 def test_four_devices_do_what_one_does():
@@ -153,7 +299,7 @@ def test_four_devices_do_what_one_does():
     assert equal(one_metrics.rollout.action, four_metrics.rollout.action)
     jax.tree.map(close, one.learner.params, four.learner.params)
     jax.tree.map(close, one.observations, four.observations)
-    jax.tree.map(close, one.rewards, four.rewards)
+    jax.tree.map(close, one.returns, four.returns)
 
 
 def test_replicas_of_the_learner_stay_bitwise_equal():
@@ -164,22 +310,31 @@ def test_replicas_of_the_learner_stay_bitwise_equal():
 
 
 def test_only_the_learner_communicates():
-    t, (run, metrics) = train(4), two_rounds(4)[1]
-    mesh = devices.make_mesh(4)
-    key = devices.replicate(jax.random.key(0), mesh)
-    rollout = t.rollout.lower(t.dataset, run, key, jnp.int32(0), jnp.arange(E)).compile().as_text()
-    learn = t.learn.lower(key, run, metrics.rollout).compile().as_text()
-    assert not [name for name in COLLECTIVES if name in rollout] and "all-reduce" in learn
+    t, (run, _) = train(4), two_rounds(4)[1]
+    mesh, who = devices.make_mesh(4), everyone()
+    key, learn_keys = devices.replicate(t.keys(jax.random.key(0), 0), mesh)
+    rows, _ = rollout(who, n_devices=4)
+    course = Course.of(rows.info)
+    programs = {
+        "rollout": t.rollout.lower(t.dataset, run, key, who),
+        "pay": t.pay.lower(run.hypers, devices.split(who.policy, mesh), course, course.val_loss),
+        "learn": t.learn.lower(learn_keys, run, rows),
+    }
+    texts = {name: lowered.compile().as_text() for name, lowered in programs.items()}
+    assert not [name for name in COLLECTIVES if name in texts["rollout"] + texts["pay"]]
+    assert "all-reduce" in texts["learn"]
 
 
 def test_uneven_populations_are_refused():
     message = r"Config.n_envs = 6: must be a multiple of 4 \(4 devices times env_chunk = 1\)"
     with pytest.raises(ValueError, match=message):
         make_train(CFG.replace(n_envs=6, devices=4), tiny.dataset(), {})
-    with pytest.raises(
-        ValueError, match=r"Config.report_envs = 12: must be a multiple of 8 \(4 devices times env_chunk"
-    ):
-        make_train(CFG.replace(report_envs=12, devices=4, env_chunk=2), tiny.dataset(), {})
+    message = r"Config.n_envs = 12: must be a multiple of 8 \(4 devices times env_chunk = 2\)"
+    with pytest.raises(ValueError, match=message):
+        make_train(CFG.replace(n_envs=12, devices=4, env_chunk=2), tiny.dataset(), {})
+    message = r"Config.n_envs = 4: must be a multiple of 8 \(4 devices times ppo.minibatches = 2\)"
+    with pytest.raises(ValueError, match=message):
+        make_train(CFG.replace(n_envs=4, devices=4, **{"ppo.minibatches": 2}), tiny.dataset(), {})
     with pytest.raises(ValueError, match=r"Config.devices = 5: must be at most 4, the devices there are"):
         make_train(CFG.replace(devices=5), tiny.dataset(), {})
 
@@ -197,12 +352,12 @@ def body(weights, xs, axis_name):
 def test_shard_map_is_pmap():
     """The same body under both: bitwise the same numbers."""
     mesh = devices.make_mesh(4)
-    weights, xs = jax.random.normal(jax.random.key(0), (3,)), jax.random.normal(jax.random.key(1), (8, 3))
+    weights, xs = jax.random.normal(jax.random.key(0), (3,)), jax.random.normal(jax.random.key(1), (2, 8, 3))
     mapped = devices.over_devices(body, mesh, (SAME, EACH), (SAME, EACH))
     new, out = mapped(weights, xs)
-    pmapped = jax.pmap(lambda w, x: body(w, x, "env"), axis_name="env", in_axes=(None, 0))
-    p_new, p_out = pmapped(weights, xs.reshape(4, 2, 3))
-    assert all(np.array_equal(new, p_new[k]) for k in range(4)) and np.array_equal(out, p_out.reshape(8))
+    pmapped = jax.pmap(lambda w, x: body(w, x, "env"), axis_name="env", in_axes=(None, 1), out_axes=(0, 1))
+    p_new, p_out = pmapped(weights, xs.reshape(2, 4, 2, 3))  # two policies, on each device two of their environments
+    assert all(np.array_equal(new, p_new[k]) for k in range(4)) and np.array_equal(out, p_out.reshape(2, 8))
     # one device: no axis, no collective, the same mathematics
     alone = devices.over_devices(body, devices.make_mesh(1), (SAME, EACH), (SAME, EACH))
     np.testing.assert_allclose(alone(weights, xs)[0], new, rtol=1e-6)
@@ -215,8 +370,23 @@ def test_an_environment_does_not_depend_on_the_population(chunk):
     """Bitwise: 8 environments and the same 8 among 32, and beside others in their chunk."""
     t = make_train(CFG.replace(devices=1, env_chunk=chunk), tiny.dataset(), {})
     run = t.init(jax.random.key(0))
-    play = lambda ids: jax.device_get(t.rollout(t.dataset, run, jax.random.key(3), jnp.int32(0), np.int32(ids)))
+
+    def play(envs):
+        numbers = np.int32(envs)[None]
+        who = Who(np.full_like(numbers, t.controllers.index("policy")), numbers % P, numbers)
+        return jax.device_get(t.rollout(t.dataset, run, jax.random.key(3), who))
+
     few, many = play(np.arange(8)), play(np.arange(32))
-    assert equal(few, jax.tree.map(lambda leaf: leaf[:8], many))
+    assert equal(few, part(many, slice(None), slice(8)))
     order = np.array([7, 30, 2, 12, 0, 25, 31, 5])
-    assert equal(play(order), jax.tree.map(lambda leaf: leaf[order], many))
+    assert equal(play(order), part(many, slice(None), order))
+
+
+@pytest.mark.slow
+def test_a_policy_alone_is_the_same_policy():
+    """Bitwise: two rounds of policy 0 without the other."""
+    t = make_train(CFG.replace(devices=1, policy_seeds=1), tiny.dataset(), RULES)
+    run = t.init(jax.random.key(0))
+    for after, metrics in two_rounds(1)[1:]:
+        run, alone = t.update(jax.random.key(0), run)
+        assert tiny.equal(part(alone, 0), part(metrics, 0)) and tiny.equal(of_policy(run, 0), of_policy(after, 0))

@@ -21,12 +21,14 @@ from esper_jax.train import Train
 
 CONFIG = tiny.CONFIG.replace(
     n_envs=2,
+    policy_seeds=2,
     report_envs=2,
     rounds=2,
     devices=1,
     **{"training.epochs": 8, "ppo.minibatches": 1, "ppo.epochs": 1, "ppo.hidden_size": 8},
 )
-ARMS = ("never", "eager", "random", "policy")
+ARMS = ("never", "eager", "random", "policy", "policy_greedy")
+ROWS = ("never", "eager", "random", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
 
 
 @contextlib.contextmanager
@@ -96,5 +98,5 @@ def result() -> Result:
                 state, metrics = compiled.update(KEY(), states[-1])
                 states.append(state)
                 rounds.append(telemetry.round_arrays(metrics))
-            arms = {name: compiled.compare(KEY(), states[-1], name) for name in ARMS}
+            arms = compiled.compare(KEY(), states[-1], ARMS)
     return Result(states, rounds, telemetry.arm_arrays(arms), ahead, later, compiled)

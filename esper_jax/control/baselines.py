@@ -133,6 +133,8 @@ def _nurse(
     offered = masks.blueprint[germination.blueprint]
     for head in ("style", "tempo", "alpha_target"):
         offered &= getattr(masks, head)[getattr(germination, head)]
+    if germination.blueprint.ndim and germination.blueprint.shape != ready.shape:
+        raise ValueError(f"{germination.blueprint.size} blueprints for {ready.size} slots: must be one, or one per slot")
     where = masks.slot_by_op[Op.GERMINATE] & offered & may_germinate
     mine = jnp.broadcast_to(germination.blueprint, where.shape)[jnp.argmax(where)]
     start = (germination.replace(blueprint=mine), where)

@@ -349,7 +349,8 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
 
     def pay_alone(before: EnvState, info: StepInfo) -> RewardComponents:
         """The reward `paired` as far as one environment knows it: the fall of its own loss instead of the gain over a
-        twin, whose part no action changes. Where environments are mapped the twin is known (`reward.paired`)."""
+        twin, whose part no action changes. Where environments are mapped the twin is known (`reward.paired`), and so
+        is the size at the last accepted epoch, which here is that of the state before the step."""
         blended, committed = sizes(before)
         earlier = info.replace(
             val_loss=before.evaluation.loss,

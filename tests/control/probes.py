@@ -22,6 +22,7 @@ GOOD_BLUEPRINT = 3
 CFG = PPOConfig(
     hidden_size=32, learning_rate=5e-3, gamma=GAMMA, gae_lambda=0.95, anneal_rounds=40,
     entropy_coef=0.02, entropy_coef_final=0.0, max_grad_norm=1.0,
+    op_bias=(0.0,) * len(Op), full_alpha_bias=0.0,  # a uniform start: what chance gets is known
 )  # fmt: skip
 
 

@@ -108,6 +108,26 @@ def test_eager_fills_every_slot():
     assert slots.ramp_epochs[-1].tolist() == [3, 3, 3] and slots.alpha.alpha[-1].tolist() == [1, 1, 1]
 
 
+def test_eager_with_a_blueprint_for_each_slot():
+    kinds = ["norm", "conv_heavy", "conv_light"]
+    obs, action, outcome, slots = play(B.eager(kinds))
+    assert legal(obs, action).all() and outcome.success.all()
+    # the same decisions as with one for all, but for what is grown where
+    _, one, *_ = play(B.eager())
+    for head in set(HEADS) - {"blueprint"}:
+        np.testing.assert_array_equal(getattr(action, head), getattr(one, head), err_msg=head)
+    assert (slots.stage[-1] == Stage.FOSSILIZED).all()
+    assert [BLUEPRINTS[i] for i in slots.blueprint[-1]] == kinds
+    # a blueprint that is masked leaves its own slot empty and no other
+    obs = observe(stages.empty(3), 1)
+    act = jax.jit(lambda masks: B.eager(kinds).act(None, (), obs.replace(masks=masks))[1])
+    without = obs.masks.replace(blueprint=obs.masks.blueprint.at[BLUEPRINTS.index("norm")].set(False))
+    got = act(without)
+    assert (int(got.op), int(got.slot), BLUEPRINTS[int(got.blueprint)]) == (Op.GERMINATE, 1, "conv_heavy")
+    nothing = without.replace(blueprint=jnp.arange(13) == BLUEPRINTS.index("norm"))
+    assert (int(act(nothing).slot), BLUEPRINTS[int(act(nothing).blueprint)]) == (0, "norm")
+
+
 def test_eager_does_not_ask_for_what_a_gate_or_a_limit_refuses():
     # The second seed has trained for an epoch: enough for permissive gates; strict ones want three, and gradients.
     slots = stages.empty(3)
@@ -154,7 +174,7 @@ def test_periodic_does_not_make_up_for_a_missed_block():
     assert epochs == [9, 13]
 
 
-@pytest.mark.parametrize("make", [B.eager, lambda name: B.periodic(6, name)])
+@pytest.mark.parametrize("make", [B.eager, lambda name: B.eager(["norm", name]), lambda name: B.periodic(6, name)])
 @pytest.mark.parametrize("name", ["noop", "conv_huge", "lora"])
 def test_blueprint_must_be_on_offer(make, name):
     with pytest.raises(ValueError, match=f"blueprint = '{name}': must be one of conv_light"):

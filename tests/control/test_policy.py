@@ -10,9 +10,20 @@ import probes
 import pytest
 
 from esper_jax.control import policy
-from esper_jax.types import HEAD_SIZES, HEADS, RELEVANT_HEADS, Action, Extras, Masks, Observation, Op
+from esper_jax.types import (
+    ALPHA_TARGETS,
+    HEAD_SIZES,
+    HEADS,
+    RELEVANT_HEADS,
+    Action,
+    Extras,
+    Masks,
+    Observation,
+    Op,
+)
 
 D, S, H, T = 7, 3, 8, 6
+BY_SLOT = [head for head in HEADS if head not in ("op", "slot")]  # whose logits depend on the slot
 init = probes.jit(lambda key: policy.init(key, D, S, H))
 step = probes.jit(policy.step)
 unroll = probes.jit(policy.unroll)
@@ -30,7 +41,8 @@ def params():
 
 def random_logits(rng, scale=1.0):
     sizes = HEAD_SIZES | {"slot": S}
-    return {head: jnp.asarray(rng.normal(0, scale, size), jnp.float32) for head, size in sizes.items()}
+    shape = lambda head: (S, sizes[head]) if head in BY_SLOT else (sizes[head],)
+    return {head: jnp.asarray(rng.normal(0, scale, shape(head)), jnp.float32) for head in HEADS}
 
 
 def all_legal():
@@ -57,14 +69,17 @@ def forward_in_numpy(params, features):
         hidden = sigmoid(o) * np.tanh(cell)
         parts = np.split(relu(dense(norm(hidden, "output_norm"), "head_hidden")), 9)
         logits = {head: dense(parts[i], f"head_output_{head}") for i, head in enumerate(HEADS)}
+        logits |= {head: logits[head].reshape(S, -1) for head in BY_SLOT}
         out.append((logits, dense(parts[8], "value_output")[0]))
     return {head: np.stack([row[0][head] for row in out]) for head in HEADS}, np.array([row[1] for row in out])
 
 
 def test_sizes_are_those_of_the_reference():
     # The reference has 128 D + 209640 with 3 slots and two LSTM biases of 4 * 128 where one does: 209128.
+    # Here 13 blueprints, 4 styles, 3 tempos, 3 targets, 4 speeds and 3 curves have a row of 64 + 1 for each slot.
     shapes = jax.eval_shape(lambda key: policy.init(key, 218, 3, 128), jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == 128 * 218 + 209128
+    extra = 2 * 65 * (13 + 4 + 3 + 3 + 4 + 3)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 128 * 218 + 209128 + extra
 
 
 def test_initialisation():
@@ -85,6 +100,32 @@ def test_initialisation():
     np.testing.assert_array_equal(p["gates"]["bias"], np.repeat([0, 2, 0, 0], H))
     for name in ("encoder", "head_hidden", "value_output", *(f"head_output_{head}" for head in HEADS)):
         assert not p[name]["bias"].any()
+
+
+def test_the_first_policy_is_uniform_but_for_its_biases():
+    """Ops are `softmax(op_bias)`, alpha target 1 has e^2 times the odds of the others in every slot, the rest is equal.
+
+    Outputs of gain .01 move a logit by some hundredths, whatever is seen."""
+    op_bias, full = (1.0, 0.0, 0.5, -3.0, 3.0, 2.0), 2.0
+    biased = probes.jit(lambda key: policy.init(key, D, S, H, op_bias, full))(jax.random.key(3))
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(5, D)), jnp.float32)
+    see = probes.jit(jax.vmap(lambda params, x: policy.step(params, policy.initial_carry(H), x)[1].logits, (None, 0)))
+    flat = {
+        head: np.zeros((S, HEAD_SIZES[head]) if head in BY_SLOT else (HEAD_SIZES | {"slot": S})[head]) for head in HEADS
+    }
+    close = partial(np.testing.assert_allclose, atol=0.06)
+    for params, expected in (
+        (init(jax.random.key(3)), flat),
+        (biased, flat | {"op": op_bias, "alpha_target": np.tile([full * (a == 1.0) for a in ALPHA_TARGETS], (S, 1))}),
+    ):
+        logits = see(params, x)
+        for head in HEADS:
+            close(logits[head], np.broadcast_to(expected[head], logits[head].shape), err_msg=head)
+            assert logits[head].std(0).max() > 1e-6  # yet it depends on what is seen
+    # and nothing but the two biases differs
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), biased["params"], init(jax.random.key(3))["params"])
+    differ = {jax.tree_util.keystr(path) for path, equal in jax.tree.leaves_with_path(same) if not equal}
+    assert differ == {"['head_output_op']['bias']", "['head_output_alpha_target']['bias']"}
 
 
 def test_network_against_numpy(params):
@@ -150,7 +191,8 @@ def test_entropy_at_its_limits(mask, expected):
 def draws():
     """4096 decisions from the same logits and masks, WAIT and every other op legal on one or two slots each."""
     logits = random_logits(np.random.default_rng(5), 0.5)
-    by_op = jnp.array([[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 0, 0]], bool)
+    logits["blueprint"] *= 3  # slots differ by more than draws do by chance
+    by_op = jnp.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 0, 0]], bool)
     masks = all_legal().replace(
         slot_by_op=by_op, blueprint=jnp.arange(13) % 3 == 1, tempo=jnp.array([True, False, True])
     )
@@ -182,9 +224,12 @@ def test_draws_follow_the_probabilities(draws):
     np.testing.assert_allclose(np.bincount(actions.op, minlength=6) / 4096, p_op, atol=0.039)
     germinated = np.asarray(actions.op) == Op.GERMINATE
     legal = np.flatnonzero(masks.blueprint)
-    p = np.exp(np.asarray(logits["blueprint"])[legal])
-    share = np.bincount(np.asarray(actions.blueprint)[germinated], minlength=13)[legal] / germinated.sum()
-    np.testing.assert_allclose(share, p / p.sum(), atol=2.5 / np.sqrt(germinated.sum()))
+    for slot in (1, 2):  # those of the slot that was drawn before
+        here = germinated & (actions.slot == slot)
+        p = np.exp(logits["blueprint"][slot][legal])
+        share = np.bincount(actions.blueprint[here], minlength=13)[legal] / here.sum()
+        np.testing.assert_allclose(share, p / p.sum(), atol=2.5 / np.sqrt(here.sum()))
+    assert np.abs(np.diff(jax.nn.softmax(logits["blueprint"][1:, legal]), axis=0)).max() > 0.2  # unlike in the other
 
 
 def test_log_prob_is_the_sum_over_relevant_heads(draws):
@@ -201,12 +246,56 @@ def test_log_prob_is_the_sum_over_relevant_heads(draws):
         total = np.zeros(len(chosen))
         for head in np.array(HEADS)[relevant]:
             mask = masks.slot_by_op[op] if head == "slot" else getattr(masks, head)
-            p = np.where(mask, np.exp(logits[head]), 1e-30)  # no log of 0
-            total += np.log(p / p.sum())[np.asarray(getattr(actions, head))[chosen]]
+            row = logits[head][actions.slot[chosen]] if head in BY_SLOT else logits[head][None]
+            p = np.where(mask, np.exp(row), 1e-30)  # no log of 0
+            log_p = np.broadcast_to(np.log(p / p.sum(-1, keepdims=True)), (len(chosen), p.shape[-1]))
+            total += log_p[np.arange(len(chosen)), getattr(actions, head)[chosen]]
         np.testing.assert_allclose(got.log_prob[chosen], total, rtol=1e-4, atol=1e-5)
     # WAIT reads the op head alone, so its entropy is that head's; it is not thinned out by the seven others.
     wait = np.flatnonzero(np.asarray(actions.op) == Op.WAIT)[0]
     np.testing.assert_allclose(entropy[wait], policy.masked_entropy(logits["op"], masks.op), rtol=1e-6)
+
+
+def test_what_is_good_in_one_slot_need_not_be_in_another():
+    """The likeliest blueprint is 3 + slot, the target slot: `sample` takes them, and `evaluate` gives the same
+    probability for every slot, of which the other slots' logits are no part."""
+    logits = random_logits(np.random.default_rng(11))
+    logits["blueprint"] = logits["blueprint"].at[jnp.arange(S), 3 + jnp.arange(S)].set(5.0)
+    logits["alpha_target"] = logits["alpha_target"].at[jnp.arange(S), jnp.arange(S)].set(5.0)
+
+    def both(slot, op, logits):
+        here = jnp.arange(S) == slot
+        masks = all_legal().replace(op=jnp.arange(len(Op)) == op, slot_by_op=jnp.tile(here, (len(Op), 1)))
+        action, log_prob = policy.sample(jax.random.key(0), logits, masks, deterministic=True)
+        return action, log_prob, policy.evaluate(logits, masks, action).log_prob
+
+    play = probes.jit(jax.vmap(jax.vmap(both, (0, None, None)), (None, 0, None)))
+    slots, ops = jnp.arange(S), jnp.array([Op.GERMINATE, Op.SET_ALPHA_TARGET])
+    action, log_prob, evaluated = play(slots, ops, logits)
+    np.testing.assert_array_equal(action.slot, np.tile(slots, (2, 1)))
+    np.testing.assert_array_equal(action.blueprint[0], 3 + slots)
+    np.testing.assert_array_equal(action.alpha_target[1], slots)
+    np.testing.assert_allclose(log_prob, evaluated, rtol=1e-6)
+    assert len(set(np.round(log_prob, 4).ravel().tolist())) == 2 * S
+    # the logits of slot 0 mean nothing elsewhere
+    other = {head: x.at[0].add(jnp.arange(x.shape[-1])) if head in BY_SLOT else x for head, x in logits.items()}
+    _, changed, _ = play(slots, ops, other)
+    np.testing.assert_array_equal(changed[:, 1:], log_prob[:, 1:])
+    assert (changed[:, 0] != log_prob[:, 0]).all()
+
+
+def test_whether_to_draw_may_be_traced():
+    """One program for both; True is the choice and False the draw of the static argument."""
+    logits, masks = random_logits(np.random.default_rng(12)), all_legal()
+    traced = chex.assert_max_traces(lambda key, d: policy.sample(key, logits, masks, deterministic=d), n=1)
+    program = probes.jit(jax.vmap(traced, (0, None)))
+    keys = jax.random.split(jax.random.key(2), 16)
+    drawn, chosen = (program(keys, jnp.bool_(d)) for d in (False, True))
+    expected = probes.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
+    chex.assert_trees_all_equal(drawn, expected)
+    expected = probes.jit(lambda key: policy.sample(key, logits, masks, deterministic=True))(keys[0])
+    chex.assert_trees_all_equal(chosen, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (16,)), expected))
+    assert len(set(drawn[0].op.tolist())) > 1
 
 
 def test_deterministic_takes_the_first_of_the_likeliest_legal_choices():

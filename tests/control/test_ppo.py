@@ -85,6 +85,17 @@ def test_returns_with_lambda_one_are_discounted_sums():
     np.testing.assert_allclose(returns, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_discounted_sums_worked_example():
+    # gamma .5, r = (1, 2, 3, 4), a terminal at row 1: 1; .5 + 2 = 2.5; then anew 3; 1.5 + 4 = 5.5.
+    sums = probes.jit(ppo.discounted_sums)
+    terminals = jnp.array([False, True, False, False])
+    r = jnp.array([1.0, 2, 3, 4])
+    np.testing.assert_array_equal(sums(r, terminals, gamma=0.5), [1, 2.5, 3, 5.5])
+    # Without it: .5 * 2.5 + 3 = 4.25; 2.125 + 4 = 6.125. Nothing is looked back at with gamma 0.
+    np.testing.assert_array_equal(sums(r, jnp.zeros(4, bool), gamma=0.5), [1, 2.5, 4.25, 6.125])
+    np.testing.assert_array_equal(sums(r, jnp.zeros(4, bool), gamma=0.0), r)
+
+
 def test_normalised_advantages():
     # 1, 3 and 5: mean 3, population variance 8/3, so +- 2 / 1.632993.
     a, valid = jnp.array([1.0, 3, 5, jnp.nan]), jnp.array([True, True, True, False])
@@ -209,6 +220,51 @@ def test_update_compiles_once_and_counts(learner, rows):
     assert all(jax.tree.leaves(changed))
 
 
+# Another value of each hyper, far from CFG's.
+OTHER = dict(
+    learning_rate=3e-3, gamma=0.5, gae_lambda=0.2, clip_ratio=0.01, entropy_coef=0.5, entropy_coef_final=0.5
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def traced_update():
+    """`ppo.update` with its hypers as an argument: one program for all of them; those of its `cfg` are others."""
+    cfg = dataclasses.replace(CFG, **OTHER)
+    fun = lambda learner, rows, hypers: ppo.update(KEY, learner, rows, cfg=cfg, hypers=hypers)
+    return probes.jit(chex.assert_max_traces(fun, n=1))
+
+
+def test_traced_hypers_do_what_static_ones_do(learner, rows, traced_update):
+    expected, expected_metrics = probes.update(KEY, learner, rows)
+    after, metrics = traced_update(learner, rows, ppo.Hypers.from_config(CFG))
+    chex.assert_trees_all_close((after, metrics), (expected, expected_metrics), rtol=1e-5, atol=1e-6)
+    assert jax.tree.structure(after) == jax.tree.structure(expected)
+
+
+def test_every_hyper_has_its_effect_and_none_compiles_again(learner, rows, traced_update):
+    half_way = learner.replace(updates=jnp.int32(CFG.anneal_rounds // 2))  # where both entropy coefficients count
+    hypers = ppo.Hypers.from_config(CFG)
+    base = traced_update(half_way, rows, hypers)[0].params
+    assert set(OTHER) == set(ppo.Hypers.__dataclass_fields__)
+    for name, value in OTHER.items():
+        changed = traced_update(half_way, rows, hypers.replace(**{name: jnp.float32(value)}))[0].params
+        difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), changed, base)
+        assert max(jax.tree.leaves(difference)) > 1e-5, name
+
+
+def test_a_grid_of_learning_rates(learner, rows, traced_update):
+    """Steps are as long as the rate says: none at 0, and further with each larger one."""
+    hypers, moved = ppo.Hypers.from_config(CFG), []
+    for rate in (0.0, 1e-4, 1e-3, 1e-2):
+        after, metrics = traced_update(learner, rows, hypers.replace(learning_rate=jnp.float32(rate)))
+        steps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, learner.params)
+        moved.append(max(jax.tree.leaves(steps)))
+        assert metrics["updates_done"] == CFG.epochs * CFG.minibatches
+        # a step of Adam is at most about the rate in each parameter
+        assert moved[-1] <= 3 * rate * CFG.epochs * CFG.minibatches
+    assert moved[0] == 0 and (np.diff(moved) > 0).all()
+
+
 def test_ratio_error_tells_of_features_that_were_not_acted_on(learner, rows):
     _, metrics = probes.update(KEY, learner, rows.replace(features=rows.features[..., ::-1]))
     assert metrics["ratio_error"] > 0.01
@@ -241,8 +297,7 @@ def test_divergence_ends_the_update(stopped):
     cfg, _, (after, metrics) = stopped
     # The first epoch begins at the old policy, so it takes a step; the limit is passed before the last.
     assert 1 <= metrics["updates_done"] < cfg.epochs
-    adam = after.opt_state[1][0]
-    assert adam.count == metrics["updates_done"]
+    assert after.opt_state[1].count == metrics["updates_done"]
     assert metrics["nonfinite_updates"] == 0 and after.updates == 1
 
 

@@ -153,6 +153,8 @@ def test_a_file_of_the_wrong_size_is_named_with_what_is_expected(tmp_path, size)
     (tmp_path / "data_batch_3.bin").write_bytes(bytes(size))
     with pytest.raises(data.DataError, match=rf"data_batch_3.bin has {size:,} bytes: expected 30,730,000.*3,073"):
         data.load(small(name="auto", data_dir=str(tmp_path)), archive=NOWHERE)  # wrong files never fall through
+    with pytest.raises(data.DataError, match="data_batch_3.bin"):
+        data.resolve(str(tmp_path), archive=NOWHERE)
 
 
 def test_a_wrong_label_is_named(tmp_path):
@@ -206,20 +208,18 @@ def test_what_cannot_be_had_says_where_it_was_looked_for_and_how_to_give_it(tmp_
     with pytest.raises(data.DataError) as caught:
         data.load(small(data_dir=str(tmp_path / "empty")), archive=NOWHERE)
     message = str(caught.value)
-    for part in ("--data-dir", str(tmp_path / "empty"), str(home), "$ESPER_DATA", "--data shapes"):
+    for part in ("--data-dir", str(tmp_path / "empty"), str(home), "$ESPER_DATA", "--data digits"):
         assert part in message
     assert "\n" not in message and not home.exists()
 
 
-def test_auto_falls_back_to_shapes_in_one_loud_line(tmp_path, monkeypatch):
+def test_auto_falls_back_to_digits_in_one_loud_line():
     said = []
-    stand_in = cifar10.Arrays(
-        *(np.zeros((40, 32, 32, 3), np.uint8), np.zeros(40, int)) * 2, ("a",), "md5:0", "generated"
-    )
-    monkeypatch.setattr(data.shapes, "load", lambda: stand_in)
-    dataset = data.load(small(name="auto", augment=False), announce=said.append, archive=NOWHERE)
-    assert dataset.name == "shapes" and dataset.source == "generated"
-    assert len(said) == 1 and "shapes" in said[0] and "NOT CIFAR-10" in said[0] and "\n" not in said[0]
+    dataset = data.load(small(name="auto", image_size=8), announce=said.append, archive=NOWHERE)
+    assert dataset.name == "digits" and dataset.source == "scikit-learn" and not dataset.augment
+    assert data.resolve(None, announce=said.append, archive=NOWHERE) == "digits"
+    assert len(said) == 2 and said[0] == said[1]
+    assert "digits" in said[0] and "NOT CIFAR-10" in said[0] and "\n" not in said[0]
 
 
 def test_auto_takes_cifar10_where_it_is(tmp_path):
@@ -227,7 +227,8 @@ def test_auto_takes_cifar10_where_it_is(tmp_path):
     said = []
     dataset = data.load(small(name="auto", data_dir=str(tmp_path), image_size=8), announce=said.append, archive=NOWHERE)
     assert dataset.name == "cifar10" and dataset.classes[0] == "airplane" and dataset.mean == (0.4914, 0.4822, 0.4465)
-    assert dataset.train.images.shape == (5 * N - 5, 8, 8, 3) and not said
+    assert dataset.train.images.shape == (5 * N - 5, 8, 8, 3)
+    assert data.resolve(str(tmp_path), announce=said.append, archive=NOWHERE) == "cifar10" and not said
 
 
 # Download, from a server of our own

@@ -35,9 +35,16 @@ def test_digits_cannot_grow():
     assert unfit.train.images.shape[1:] == (8, 8, 1)
 
 
-def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+def test_limits_beyond_the_digits_do_not_apply_to_them():
+    few = data.load(DataConfig(name="digits", train_limit=900, test_limit=500))
+    assert (len(few.train.labels), len(few.test.labels)) == (900, 500)
+    whole = data.load(DataConfig(name="digits", train_limit=960, test_limit=600))
+    assert (len(whole.train.labels), len(whole.test.labels)) == (959, 599)
+
+
+def test_digits_without_scikit_learn_name_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(data.DataError, match=r"esper_jax\[digits\]"):
+    with pytest.raises(data.DataError, match="pip install scikit-learn"):
         digits.load()
 
 

@@ -1,9 +1,12 @@
 """One environment through `env.step`: what a scripted life, random lives and broken networks do to its numbers."""
 
 import functools
+import itertools
 import math
+import operator
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +30,28 @@ ADVANCE, FOSSILIZE, WAIT = tiny.act(Op.ADVANCE), tiny.act(Op.FOSSILIZE), tiny.ac
 TO_BLENDING = [GERMINATE, ADVANCE, ADVANCE]
 TO_HOLDING = [*TO_BLENDING, WAIT, WAIT, ADVANCE]
 T = tiny.CONFIG.training.epochs
-column = tiny.column
+
+
+def column(steps, name):
+    """A field of `info`, or of what is in it, over the steps."""
+    read = operator.attrgetter(name)
+    return np.stack([np.asarray(read(step.info)) for step in steps])
+
+
+@functools.cache
+def _shaped_step():
+    cfg = tiny.CONFIG.replace(**{"reward.mode": "shaped"})
+    return tiny.compiled(chex.assert_max_traces(make_env(cfg, tiny.dataset()).step, n=1))
+
+
+def shaped(steps):
+    """The same transitions under the reference's reward."""
+    return [tiny.Step(*step[:3], *_shaped_step()(step.key, step.before, step.action)) for step in steps]
+
+
+@functools.cache
+def shaped_lives():
+    return [shaped(steps) for steps in (life(), *tiny.random_lives()[:8])]
 
 
 @functools.cache
@@ -197,6 +221,7 @@ def test_the_end_of_an_episode():
     steps = life()
     done = [bool(step.done) for step in steps]
     assert done == [False] * (T - 1) + [True] == column(steps, "episode_over").tolist()
+    steps = shaped_lives()[0]
     last = steps[-1].info
     np.testing.assert_allclose(last.components.terminal, 0.05 * last.val_accuracy, rtol=1e-6)
     assert all(step.info.components.terminal == 0 for step in steps[:-1])
@@ -207,8 +232,82 @@ def test_the_end_of_an_episode():
 # --- reward ---
 
 
+@functools.cache
+def host_params():
+    return cnn.param_count(tiny.born().model.host)
+
+
+def test_committed_loss_and_sizes():
+    """What is blended in counts from its first alpha above 0, what is kept from its fossilisation."""
+    steps = life()
+    committed, loss = column(steps, "committed_loss"), column(steps, "val_loss")
+    fossil, live = np.arange(T) >= 7, np.arange(T) >= 3
+    np.testing.assert_array_equal(committed[fossil | ~live], loss[fossil | ~live])
+    for step in steps[3:7]:
+        off, _ = _validation_loss()(step.state.model, step.state.slots, jnp.array([0.0, jnp.nan]))
+        np.testing.assert_allclose(step.info.committed_loss, off, rtol=1e-5)
+        assert step.info.committed_loss != step.info.val_loss
+    grown = 1 + 152 / host_params()  # conv_light at 4 channels
+    np.testing.assert_allclose(column(steps, "blended_size"), np.where(live, grown, 1), rtol=1e-6)
+    np.testing.assert_allclose(column(steps, "committed_size"), np.where(fossil, grown, 1), rtol=1e-6)
+    assert (column(steps, "blended_size")[:3] == 1).all() and (column(steps, "committed_size")[:7] == 1).all()
+
+
+def test_paired_pays_the_fall_of_the_own_loss():
+    """Each transition: 30 times the fall of the loss since the last epoch, minus half of the growth in hosts; the last
+    makes the value that of what is kept, here all there is. Nothing comes before the first loss but guessing, ln 3."""
+    for steps in (waits(), life()):
+        loss = np.append(np.float32(np.log(3)), column(steps, "val_loss"))
+        size = np.append(np.float32(1), column(steps, "blended_size"))
+        expected = -30 * np.diff(loss) - 0.5 * np.diff(size)
+        np.testing.assert_allclose([float(step.reward) for step in steps], expected, atol=1e-4)
+        np.testing.assert_allclose(column(steps, "components.gain"), -30 * np.diff(loss), atol=1e-4)
+        assert not column(steps, "components.harvest").any() and not column(steps, "components.shaping").any()
+    # a seed that is blended but not kept: the last transition takes its value back
+    steps = tiny.play(TO_BLENDING)
+    assert steps[-1].info.stage[0] == S.BLENDING and steps[-1].info.blended_size > 1
+    first, last = steps[0].info, steps[-1].info
+    kept = 30 * (first.val_loss - last.committed_loss)
+    np.testing.assert_allclose(sum(float(step.reward) for step in steps[1:]), kept, atol=1e-3)
+    live = -30 * last.val_loss - 0.5 * (last.blended_size - 1)
+    np.testing.assert_allclose(last.components.harvest, -30 * last.committed_loss - live, atol=1e-4)
+
+
+def test_the_course_of_an_episode_is_what_paired_reads():
+    """Against its twin: 0 bitwise until the seed is blended in, then what is gained and paid for; the seed is kept."""
+    weights = reward.RewardWeights.from_config(tiny.CONFIG.reward, tiny.CONFIG.ppo.gamma)
+    fine = reward.death(tiny.CONFIG.governor.death_penalty, tiny.CONFIG.reward.clip)
+    infos = lambda steps: jax.tree.map(lambda *leaves: jnp.stack(leaves), *[step.info for step in steps])
+    pay = jax.jit(lambda info, twin: reward.paired(reward.Course.of(info), twin, weights, fine))
+    twin = column(waits(), "val_loss")
+    train, keep = pay(infos(tiny.play([GERMINATE, ADVANCE])), twin), pay(infos(life()), twin)
+    for paid, zeros in ((train, T), (pay(infos(waits()), twin), T), (keep, 3)):
+        assert not any(leaf[:zeros].any() for leaf in jax.tree.leaves(jax.device_get(paid)))
+    assert (np.asarray(keep.gain[3:]) != 0).all()
+    last = life()[-1].info
+    expected = 30 * (twin[-1] - last.val_loss) - 0.5 * 152 / host_params()
+    np.testing.assert_allclose(np.sum(keep.total()), expected, atol=1e-3)
+
+
+def test_the_mode_of_the_reward_changes_nothing_else():
+    """States, observations and measurements are those of `paired` bit for bit."""
+    paired = (life(), *tiny.random_lives()[:8])
+    for one, other in zip(itertools.chain(*paired), itertools.chain(*shaped_lives()), strict=True):
+        same = lambda step: (step.state, step.obs, step.done, step.info.replace(components=None))
+        assert tiny.equal(same(one), same(other))
+
+
+def test_the_reference_s_reward_pays_none_of_paired_and_the_other_way_round():
+    theirs = ("attribution", "shaping", "compute_rent", "action_cost", "terminal")
+    ours = ("gain", "size", "harvest")
+    paid = lambda steps, names: any(column(steps, f"components.{name}").any() for name in names)
+    for paired, reference in zip((life(), *tiny.random_lives()[:8]), shaped_lives(), strict=True):
+        assert paid(paired, ours) and paid(reference, theirs)
+        assert not paid(paired, theirs) and not paid(reference, ours)
+
+
 def test_components_are_the_reward():
-    for step in [s for steps in (life(), *tiny.random_lives()[:8]) for s in steps]:
+    for step in itertools.chain(life(), *tiny.random_lives()[:8], *shaped_lives()):
         parts = [float(leaf) for leaf in jax.tree.leaves(step.info.components)]
         np.testing.assert_allclose(step.reward, math.fsum(parts), atol=2e-6)
 
@@ -217,7 +316,7 @@ def test_components_are_the_reward():
 def test_shaping_telescopes(start):
     """From any state, the discounted shaping of the rest of an episode is -0.3 times that state's potential."""
     gamma = tiny.CONFIG.ppo.gamma
-    for steps in (life(), *tiny.random_lives()[:8]):
+    for steps in shaped_lives():
         state = steps[start].state
         phi = float(reward.potential(state.slots.stage, state.slots.epochs_in_stage))
         paid = [float(step.info.components.shaping) for step in steps[start + 1 :]]
@@ -293,6 +392,9 @@ def test_what_the_masks_forbid_is_refused_and_changes_nothing(life_number):
         record = {"last_op": jnp.int32(Op.WAIT), "last_success": jnp.bool_(True)}
         assert refused.state.last_op == op and not refused.state.last_success
         assert tiny.equal(refused.state.replace(**record), waited.state)
+        assert refused.reward == waited.reward
+        # the reference's reward charges for having asked
+        refused, waited = shaped([refused, waited])
         cost = refused.info.components.action_cost
         assert (cost < 0) == (op != Op.ADVANCE)
         np.testing.assert_allclose(refused.reward, waited.reward + cost, atol=1e-5)
@@ -355,6 +457,7 @@ def test_non_finite_host_is_rolled_back_and_goes_on():
     step = tiny.forward(poisoned(before), tiny.keys(0)[6])
     check_panic(step, before.kept, PanicReason.NON_FINITE)
     assert not np.isfinite(step.info.val_loss)
+    chex.assert_trees_all_equal(shaped([step])[0].info.components, step.info.components)  # in every mode
     # the seed that was not fossilised is gone, into cooldown; nobody pruned it
     assert step.state.slots.stage[0] == S.PRUNED and zero(step.state.model.seeds) and step.state.pruned == 0
     after = tiny.forward(step.state, tiny.keys(0)[7])
@@ -394,6 +497,10 @@ def test_divergence_panics_at_the_third_loss_in_a_row():
     check_panic(steps[2], kept, PanicReason.DIVERGENCE)
     assert [int(s.state.signals.epoch) for s in steps] == [9, 10, 11, 12]
     assert tiny.equal(steps[1].state.evaluation, waits()[7].state.evaluation)
+    # what is not accepted is worth what the last accepted epoch was, also to the one that follows the rollback
+    assert [float(s.reward) for s in steps[:3]] == [0, 0, -10]
+    fall = waits()[7].info.val_loss - steps[3].info.val_loss
+    np.testing.assert_allclose(steps[3].reward, 30 * fall, atol=1e-4)
 
 
 def test_a_host_that_forgot_everything_is_a_lobotomy():

@@ -437,6 +437,189 @@ def test_minimum_never_pays_more_than_harmonic():
     assert R.progress_bound(2.0, 3.0, "harmonic") == pytest.approx(2.4)
 
 
+# The reward `paired`: loss_scale 30, loss_cap 10, price .5, harvest 1; a rollback costs 10.
+
+FINE = R.death(10.0, 10.0)
+PAIRED = jax.jit(R.paired)
+NAN = float("nan")
+
+
+def course(loss, size=1.0, kept=None, kept_size=1.0, **flags):
+    """An episode of len(loss) epochs; what is kept is the host alone, whose loss is the first, unless it is said."""
+    n = len(loss)
+    row = lambda value: jnp.asarray(np.broadcast_to(np.asarray(value, np.float32), n))
+    marks = lambda name, value: jnp.asarray(flags.get(name, [value] * n), bool)
+    over = flags.get("episode_over", [False] * (n - 1) + [True])
+    return R.Course(
+        val_loss=row(loss), committed_loss=row(loss[0] if kept is None else kept), blended_size=row(size),
+        committed_size=row(kept_size), accepted=marks("accepted", True), panic=marks("panic", False),
+        episode_over=jnp.asarray(over, bool),
+    )  # fmt: skip
+
+
+def pay(given, twin, fine=FINE, **weights):
+    n = given.val_loss.shape[0]
+    twin = jnp.asarray(np.broadcast_to(np.asarray(twin, np.float32), n))
+    weights = WEIGHTS.replace(**{name: jnp.float32(x) for name, x in weights.items()})
+    return jax.device_get(PAIRED(given, twin, weights, fine))
+
+
+def test_value_of_an_epoch():
+    # Twin 1.5 throughout. Losses 1.5, 1.4, 1.2 of 1, 1.5 and 1.5 hosts: the values of the epochs are
+    #   v0 = 0;  v1 = 30 * .1 - .5 * .5 = 2.75;  v2 = 30 * .3 - .25 = 8.75
+    # and the transitions pay v1 - v0 = 3 - .25 and v2 - v1 = 6. Half of what is grown is kept, with a loss of 1.3 and
+    # 1.2 hosts: 30 * .2 - .1 = 5.9, so the harvest is 5.9 - 8.75 = -2.85.
+    lived = course([1.5, 1.4, 1.2], [1, 1.5, 1.5], kept=[1.5, 1.5, 1.3], kept_size=[1, 1, 1.2])
+    got = pay(lived, 1.5)
+    np.testing.assert_allclose(got.gain, [0, 3, 6], atol=1e-5)
+    np.testing.assert_allclose(got.size, [0, -0.25, 0], atol=1e-6)
+    np.testing.assert_allclose(got.harvest, [0, 0, -2.85], atol=1e-5)
+    np.testing.assert_allclose(got.total(), [0, 2.75, 3.15], atol=1e-5)
+    others = got.replace(gain=0.0, size=0.0, harvest=0.0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(others))
+    # The twin falls as well, to 1.45 and 1.3: v1 = 30 * .05 - .25 = 1.25;  v2 = 30 * .1 - .25 = 2.75; kept -.1.
+    np.testing.assert_allclose(pay(lived, [1.5, 1.45, 1.3]).total(), [0, 1.25, 1.5 - 2.85], atol=1e-5)
+
+
+@pytest.mark.parametrize("harvest, total", [(0.0, 8.75), (0.5, 7.325), (1.0, 5.9)])
+def test_share_of_the_harvest(harvest, total):
+    # Of the episode above: nothing, half or all of the last value 8.75 becomes that of what is kept, 5.9.
+    lived = course([1.5, 1.4, 1.2], [1, 1.5, 1.5], kept=[1.5, 1.5, 1.3], kept_size=[1, 1, 1.2])
+    assert pay(lived, 1.5, harvest=harvest).total().sum() == pytest.approx(total, abs=1e-5)
+    # An episode that is not over has not been harvested.
+    going_on = lived.replace(episode_over=jnp.zeros(3, bool))
+    assert not np.any(pay(going_on, 1.5, harvest=harvest).harvest)
+
+
+def test_what_is_not_kept_is_worth_nothing():
+    # 3 nats better than the twin, and all of it gone at the end: the host alone has the twin's loss.
+    lived = course([2.0, 1.0, 0.5], [1, 2, 2], kept=[2.0, 2.5, 2.5])
+    got = pay(lived, [2.0, 2.5, 2.5])
+    assert got.total()[1:].tolist() == pytest.approx([44.5, 15.0 - 59.5], abs=1e-4)
+    assert got.total().sum() == pytest.approx(0.0, abs=1e-4)
+
+
+losses = st.one_of(st.floats(0, 14, width=32), st.sampled_from([NAN, float("inf"), -float("inf")]))
+
+
+def value(loss, twin, size):
+    """What an epoch is worth, once more in double precision."""
+    cap = lambda x: min(float(x), 10.0) if np.isfinite(x) else 10.0
+    return 30 * (cap(twin) - cap(loss)) - 0.5 * (float(size) - 1)
+
+
+@st.composite
+def any_episode(draw):
+    """Eight epochs of anything that begin beside the twin: losses, sizes, epochs that are not accepted."""
+    n, sizes = 8, st.floats(1, 6, width=32)
+    several = lambda strategy: draw(st.lists(strategy, min_size=n, max_size=n))
+    loss, twin, kept, size, kept_size = map(several, (losses, losses, losses, sizes, sizes))
+    loss[0], size[0] = twin[0], 1.0
+    accepted = [True, *several(st.booleans())[1:]]
+    return course(loss, size, kept=kept, kept_size=kept_size, accepted=accepted), np.array(twin, np.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(any_episode(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_an_episode_returns_its_last_value(episode, harvest):
+    """The transitions telescope: to the value of the last accepted epoch, or of what is kept after the last one."""
+    lived, twin = episode
+    got = pay(lived, twin, harvest=harvest)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+    last = np.flatnonzero(lived.accepted)[-1]
+    live = value(lived.val_loss[last], twin[last], lived.blended_size[last])
+    kept = value(lived.committed_loss[-1], twin[-1], lived.committed_size[-1])
+    total = np.asarray(got.total(), np.float64).sum()
+    assert total == pytest.approx((1 - harvest) * live + harvest * kept, abs=2e-3)
+    # and so for the epochs up to any that was accepted
+    for t in np.flatnonzero(lived.accepted)[:-1]:
+        so_far = np.asarray(got.total(), np.float64)[: t + 1].sum()
+        assert so_far == pytest.approx(value(lived.val_loss[t], twin[t], lived.blended_size[t]), abs=2e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(losses, min_size=8, max_size=8), st.integers(1, 8), st.lists(st.booleans(), min_size=8, max_size=8))
+def test_exactly_zero_beside_the_twin(loss, blended, accepted):
+    """Bitwise, while nothing is blended in and the loss is the twin's, whatever that is and whatever is accepted."""
+    twin = np.array(loss, np.float32)
+    there = np.arange(8) >= blended
+    mine = np.where(there, np.float32(0.5), twin)
+    got = pay(course(mine, 1 + 0.7 * there, kept=twin, accepted=accepted), twin)
+    before = jax.tree.map(lambda leaf: leaf[:blended], got)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(before)) and (before.total() == 0).all()
+    if blended < 8 and accepted[-1] and np.nan_to_num(twin[-1], nan=10) > 1:
+        assert got.gain[blended:].any()
+
+
+def test_losses_are_capped():
+    # Twin 2. Losses 2, 9, 11, inf, nan count as 2, 9, 10, 10, 10: values 0, -210, -240, -240, -240.
+    lived = course([2, 9, 11, float("inf"), NAN], kept=2.0, episode_over=[False] * 5)
+    np.testing.assert_allclose(pay(lived, 2.0).gain, [0, -210, -30, 0, 0], atol=1e-4)
+    # The twin's too: 2, 12, nan, inf and 3 count as 2, 10, 10, 10, 3, against 1 throughout after the first.
+    lived = course([2, 1, 1, 1, 1], episode_over=[False] * 5)
+    np.testing.assert_allclose(pay(lived, [2, 12, NAN, float("inf"), 3]).gain, [0, 270, 0, 0, -210], atol=1e-4)
+    # And that of what is kept: with a cap of 4, 30 * (2 - 4) instead of 30 * (2 - 1).
+    lived = course([2, 1], kept=[2, NAN])
+    assert pay(lived, 2.0, loss_cap=4.0).total().sum() == pytest.approx(-60.0)
+
+
+def test_an_epoch_that_was_not_accepted_is_worth_what_the_last_one_was():
+    # Twin 1. Losses 1, .9, (5), (nan), .8 of 1, 1.4, 1.6, 1.6, 1.6 hosts: values 0, 3 - .2, again, again, 6 - .3.
+    lived = course(
+        [1, 0.9, 5, NAN, 0.8],
+        [1, 1.4, 1.6, 1.6, 1.6],
+        episode_over=[False] * 5,
+        accepted=[True, True, False, False, True],
+    )
+    got = pay(lived, 1.0)
+    np.testing.assert_allclose(got.gain, [0, 3, 0, 0, 3], atol=1e-5)
+    np.testing.assert_allclose(got.size, [0, -0.2, 0, 0, -0.1], atol=1e-6)
+    # What the twin does meanwhile is not paid either, but afterwards.
+    got = pay(lived, [1, 1, 3, 3, 1.5])
+    np.testing.assert_allclose(got.gain, [0, 3, 0, 0, 30 * 0.7 - 3], atol=1e-5)
+
+
+def test_a_rollback_pays_the_fine_and_nothing_else():
+    # Twin 1. The third epoch is rolled back: -10 instead of anything; the fourth starts from the value before, 2.8, and
+    # is the restored host's: 30 * (1 - 1.1) = -3. The last value is 30 * (1 - .9) = 3; the return is 3 - 10.
+    lived = course(
+        [1, 0.9, NAN, 1.1, 0.9], [1, 1.4, 1.4, 1, 1], kept=[1, 1, NAN, 1.1, 0.9],
+        accepted=[True, True, False, True, True], panic=[False, False, True, False, False],
+    )  # fmt: skip
+    got = pay(lived, 1.0)
+    np.testing.assert_allclose(got.total(), [0, 2.8, -10, -5.8, 6], atol=1e-5)
+    assert got.total().sum() == pytest.approx(3.0 - 10.0, abs=1e-5)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[2], got), FINE)
+    np.testing.assert_array_equal(got.death_penalty, [0, 0, -10, 0, 0])
+    # In the last epoch too: no harvest, whatever is kept. The return is the last value, 2.8, less the fine.
+    ends = course([1, 0.9, NAN], [1, 1.4, 1.4], kept=[1, 1, NAN], accepted=[1, 1, 0], panic=[0, 0, 1])
+    got = pay(ends, 1.0)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[2], got), FINE)
+    assert got.total().sum() == pytest.approx(2.8 - 10.0, abs=1e-5)
+    # another fine is another number
+    assert pay(ends, 1.0, R.death(4.0, 10.0)).total()[2] == -4
+
+
+def test_a_grid_of_weights_compiles_once():
+    """27 triples of scale, price and harvest side by side: each pays `harvest` of the kept value and the rest live."""
+    lived = course([1.5, 1.4, 1.2], [1, 1.5, 1.5], kept=[1.5, 1.5, 1.3], kept_size=[1, 1, 1.2])
+    traced = chex.assert_max_traces(lambda w: R.paired(lived, jnp.full(3, 1.5), w, FINE).total().sum(), n=1)
+    grid = jax.jit(jax.vmap(traced))
+    spread = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, 27), WEIGHTS)
+    for scales in ((10.0, 20.0, 30.0), (1.0, 2.0, 3.0)):
+        scale, price, harvest = (x.ravel() for x in np.meshgrid(scales, (0.0, 0.5, 2.0), (0.0, 0.5, 1.0)))
+        f32 = lambda x: jnp.asarray(x, jnp.float32)
+        got = grid(spread.replace(loss_scale=f32(scale), price=f32(price), harvest=f32(harvest)))
+        expected = (1 - harvest) * (0.3 * scale - 0.5 * price) + harvest * (0.2 * scale - 0.2 * price)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_transition_alone_is_not_paid_by_the_twin():
+    """`reward` knows no course: in the mode `paired` it pays nothing."""
+    got = R.reward(held(requested_op=Op.FOSSILIZE, contribution=2.0, terminal=True), WEIGHTS, "paired", "harmonic")
+    chex.assert_trees_all_equal(got, R.RewardComponents.zeros())
+
+
 # Form.
 
 
@@ -456,9 +639,11 @@ def test_weights_are_traced_and_the_reward_maps():
 
 
 def test_components_are_float32():
-    for mode in ("shaped", "simplified", "sparse"):
+    for mode in ("paired", "shaped", "simplified", "sparse"):
         for leaf in jax.tree.leaves(R.reward(held(), WEIGHTS, mode, "harmonic")):
             assert leaf.dtype == jnp.float32 and leaf.shape == () and not leaf.weak_type
+    for leaf in jax.tree.leaves(PAIRED(course([1.0, 0.5]), jnp.ones(2), WEIGHTS, FINE)):
+        assert leaf.dtype == jnp.float32 and leaf.shape == (2,) and not leaf.weak_type
 
 
 def test_unknown_mode_and_formula_are_refused():

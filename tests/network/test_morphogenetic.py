@@ -145,30 +145,48 @@ def test_init():
 
 
 def numpy_measures(logits):
-    """Accuracies of `[K, N, classes]`, and loss and per-class accuracy of the last row."""
+    """Accuracies and losses of `[K, N, classes]`, and per-class accuracy of the last row."""
     right = logits.argmax(-1) == LABELS
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits[-1], LABELS).mean()
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS[None]).mean(-1)
     counts = np.bincount(LABELS, minlength=CLASSES)
     per_class = 100 * np.bincount(LABELS, right[-1], CLASSES) / np.maximum(counts, 1)
     return 100 * right.mean(-1), loss, per_class, counts > 0
 
 
+@functools.cache
+def evaluate(images_per_tile):
+    prepare = lambda x: x.astype(jnp.float32) / 2  # evaluation reads the data set's own images
+    run = jax.jit(lambda *given: evaluation.evaluate(*given, prepare, tile_pixels=64 * images_per_tile))
+    return lambda state: run(model(), state, X * 2, LABELS)
+
+
 @pytest.mark.parametrize("images_per_tile", [4, 0])  # 11 = 4 + 4 + 3: the last tile is filled up; 0: all at once
 def test_evaluate(images_per_tile):
     state = state_of(ADD, OFF, GATE)
-    prepare = lambda x: x.astype(jnp.float32) / 2  # evaluation reads the data set's own images
-    run = jax.jit(lambda *given: evaluation.evaluate(*given, prepare, tile_pixels=64 * images_per_tile))
-    result = run(model(), state, X * 2, LABELS)
+    result = evaluate(images_per_tile)(state)
     rows = [forward(model(), state, X, on) for on in attribution.configurations(3)]
     table, loss, per_class, valid = numpy_measures(jnp.stack(rows))
     np.testing.assert_allclose(result.table, table, rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, table[-1], rtol=1e-5)
-    np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(result.loss, loss[-1], rtol=1e-5)
     np.testing.assert_allclose(result.per_class, per_class, rtol=1e-5)
     np.testing.assert_array_equal(result.per_class_valid, valid)
     assert not result.per_class_valid[9]
     # committed: only the fossil (slot 2, bit 2) stays on
     np.testing.assert_allclose(result.committed, table[4], rtol=1e-5)
+    np.testing.assert_allclose(result.committed_loss, loss[4], rtol=1e-5)
+    assert len(set(np.round(loss[jnp.array([0, 1, 4, 5])], 3).tolist())) == 4  # no other configuration would do
+
+
+def test_committed_loss_is_the_loss_where_nothing_or_everything_is_kept():
+    """Bit for bit: the last value of an episode must not differ by rounding from the one before."""
+    measure = evaluate(4)
+    for pattern in ((OFF, TRAINING, OFF), (GATE, OFF, GATE)):
+        result = measure(state_of(*pattern))
+        assert result.committed_loss == result.loss and result.committed == result.accuracy
+    blended = measure(state_of(GATE, OFF, ADD))
+    np.testing.assert_allclose(blended.committed_loss, measure(state_of(GATE, OFF, OFF)).loss, rtol=1e-6)
+    assert abs(blended.committed_loss - blended.loss) > 1e-3
 
 
 def test_evaluate_more_slots_than_a_table_holds():
@@ -183,7 +201,13 @@ def test_evaluate_more_slots_than_a_table_holds():
     assert rows.shape == (12 + 1, 5)
     # a slot that is off is an empty one; the network as it is takes no override
     off = lambda row: state.replace(stage=jnp.where(row, state.stage, Stage.DORMANT))
-    accuracies = np.array([run(deep, off(row), x, labels).accuracy for row in rows])
+    alone = [run(deep, off(row), x, labels) for row in rows]
+    accuracies = np.array([each.accuracy for each in alone])
     assert len(set(accuracies.tolist())) > 3
     np.testing.assert_allclose(np.append(result.table, result.committed), accuracies, rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, accuracies[0], rtol=1e-5)
+    # the losses directly, of the network as it is and of the fossil alone
+    logits = jnp.stack([forward(deep, state, x, on) for on in (np.ones(5, bool), rows[-1])])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[None]).mean(-1)
+    np.testing.assert_allclose([result.loss, result.committed_loss], losses, rtol=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3

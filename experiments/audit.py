@@ -1,0 +1,112 @@
+"""Does a reward rank controllers by what they achieve? The audit of a finished run.
+
+    python -m experiments.audit RUN
+
+plays the comparison of a run once more under every reward mode: the same controllers, policies and environments, so the
+same episodes but for rounding. For each mode it prints Spearman's correlation of an episode's return with its gain
+(report-test accuracy of what was kept, minus the bare host's in the same environment), and eta squared, the share of
+the returns' variance that lies between controllers: what a learner can use at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
+
+import jax
+import numpy as np
+import tyro
+
+from esper_jax import Config, checkpoint, compilation, data, make_train, provenance
+from esper_jax.config import RewardConfig
+from esper_jax.console import Console, text_table
+from esper_jax.control import baselines
+from esper_jax.statistics import eta_squared, rank_correlation, signed
+from esper_jax.train import BASELINE, Comparison, default_controllers
+
+PROGRAM = "python -m experiments.audit"
+MODES = get_args(get_type_hints(RewardConfig)["mode"])
+COLUMNS = ("reward", "rank correlation with gain", "eta squared", "mean return of each arm")
+
+
+def scores(arms: dict[str, np.ndarray], gain: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Rank correlation with the gain over all episodes, and eta squared between the arms; f[N] returns and gains."""
+    together = lambda values: np.concatenate(list(values.values()))
+    return rank_correlation(together(arms), together(gain)), eta_squared(list(arms.values()))
+
+
+def returns(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
+    """f[P R] sum of the rewards of each episode; the birth, before any decision, pays nothing."""
+    return {name: np.asarray(result.rollout.reward[..., 1:].sum(-1)).ravel() for name, result in arms.items()}
+
+
+def gains(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
+    """f[P R] report-test accuracy of what each episode kept, minus that of the bare host."""
+    base = arms[BASELINE].test.committed
+    return {name: np.asarray(result.test.committed - base).ravel() for name, result in arms.items()}
+
+
+def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, card: dict) -> dict[str, Comparison]:
+    """The comparison of a run under the reward mode of `cfg`; only the reward may differ from then."""
+    rules = default_controllers(cfg)
+    if script is not None:
+        rules["script"] = baselines.script(baselines.parse_script(script))
+    train = make_train(cfg, dataset, rules)
+    key = jax.random.key(cfg.seed)
+    if cfg.rounds:
+        meta = {"config": provenance.computed(Config.from_json(json.dumps(card["config"])))}
+        template = compilation.run_template(train, cfg, key)
+        run, _ = checkpoint.restore(folder / "checkpoints", template, meta | {"data": dataset.identity})
+    else:
+        run = train.init(key)
+    return train.compare(key, run, train.controllers)
+
+
+def audit(folder: Path, console: Console) -> list[list[str]]:
+    """The rows of the table, a mode each. Raises ValueError and OSError for what is no finished run."""
+    card = json.loads((folder / "run.json").read_text())
+    if card.get("status") != "complete":
+        raise ValueError(f"{folder}: its status is {card.get('status')!r}: must be complete (go on with --resume)")
+    cfg = Config.from_json(json.dumps(card["config"]))
+    dataset = data.load(cfg.data, announce=console.say)
+    if dataset.identity != card["data"]["identity"]:
+        raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
+    rows = []
+    for mode in MODES:
+        with console.step(mode, "compiled and played"):
+            arms = replay(cfg.replace(**{"reward.mode": mode}), dataset, card["script"], folder, card)
+        earned = returns(arms)
+        correlation, share = scores(earned, gains(arms))
+        means = "  ".join(f"{name} {values.mean():.2f}" for name, values in earned.items())
+        rows.append([mode, signed(correlation), f"{share:.2f}", means])
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+    def options(run: Annotated[Path, tyro.conf.Positional]) -> Path:
+        """Plays the comparison of a finished run under every reward mode: does the return rank by what is achieved?
+
+        Args:
+          run: folder of the run.
+        """
+        return run
+
+    folder, console = tyro.cli(options, args=sys.argv[1:] if argv is None else argv, prog=PROGRAM), Console()
+    try:
+        rows = audit(folder, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = text_table(COLUMNS, rows)
+    (folder / "audit.txt").write_text(text + "\n", encoding="utf-8")
+    console.say(text, always=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
