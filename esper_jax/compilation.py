@@ -123,21 +123,23 @@ def compile_ahead(
     facts = program_facts(train, cfg, controllers) if cache else None
     started = time.perf_counter()
 
-    run = run_template(train, cfg, key)
-    env_key, learn_keys = _placed(jax.eval_shape(train.keys, key, run.round), on_each)
-    episodes = (train.dataset, run, env_key, round_of(cfg, train.controllers))
-    results = functools.cache(lambda: _placed(jax.eval_shape(train.rollout, *episodes), split_over_devices))
+    # traced only for what is not in the cache
+    run = functools.cache(lambda: run_template(train, cfg, key))
+    keys = functools.cache(lambda: _placed(jax.eval_shape(train.keys, key, run().round), on_each))
+    everyone = round_of(cfg, train.controllers)
+    episodes = lambda: (train.dataset, run(), keys()[0], everyone)
+    results = functools.cache(lambda: _placed(jax.eval_shape(train.rollout, *episodes()), split_over_devices))
     split = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=split_over_devices)
     lower = {  # in the order in which a run needs them
-        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run.round),
-        "rollout": lambda: train.rollout.lower(*episodes),
+        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run().round),
+        "rollout": lambda: train.rollout.lower(*episodes()),
     }
     if cfg.reward.mode == "paired":
-        policies = split(episodes[-1].policy)
+        policies = split(everyone.policy)
         course = lambda: Course.of(results()[0].info)
-        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, course(), course().val_loss)
+        lower["pay"] = lambda: train.pay.lower(run().hypers, policies, course(), course().val_loss)
     if cfg.rounds:
-        lower["learn"] = lambda: train.learn.lower(learn_keys, run, results()[0])
+        lower["learn"] = lambda: train.learn.lower(keys()[1], run(), results()[0])
     lower["report"] = lambda: train.report.lower(train.dataset, results()[1])
 
     turn = threading.Lock()  # loading and tracing are no faster at the same time, and the first program is needed first

@@ -288,6 +288,7 @@ class PPOConfig:
         _require(0 <= self.gae_lambda <= 1, self, "gae_lambda", "in [0, 1]")
         _require(len(self.op_bias) == len(Op), self, "op_bias", f"{len(Op)} numbers, one per op")
         _require(all(map(math.isfinite, self.op_bias)), self, "op_bias", "finite")
+        _require(math.isfinite(self.full_alpha_bias), self, "full_alpha_bias", "finite")
 
 
 @dataclass(frozen=True)

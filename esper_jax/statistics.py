@@ -53,10 +53,13 @@ def _quantile(n: np.ndarray) -> np.ndarray:
 def crossed_interval(samples: np.ndarray) -> Interval:
     """Mean of f[P, E] with a 95 % interval for other policies *and* other environments than these.
 
-    Both are random and every policy was in every environment: with the mean squares of a two-way layout without
-    replication, the mean's variance is `(MS_policy + MS_env - MS_rest) / (P E)`, neither of the first two taken below
-    the last, with Satterthwaite's (1946) degrees of freedom. One policy says nothing about others: P = 1 is the
-    interval over environments alone. An environment that was not measured under some policy is left out.
+    Both are random and every policy was in every environment. With the mean squares of a two-way layout without
+    replication, the mean's variance has a part of the policies, `(MS_policy - MS_rest) / (P E)`, and one of the
+    environments, `MS_env / (P E)`; each is taken times the square of its own t quantile (Howe, 1974), since pooled
+    degrees of freedom (Satterthwaite, 1946) cover too seldom with few policies. Policies that differ by no more than
+    the rest does add nothing: what remains is the interval over environments of the policies' mean. One policy says
+    nothing about others: P = 1 is the interval over environments alone. An environment that was not measured under
+    some policy is left out.
     """
     samples = np.asarray(samples, np.float64)
     samples = samples[:, ~np.isnan(samples).any(0)]
@@ -67,12 +70,9 @@ def crossed_interval(samples: np.ndarray) -> Interval:
     rest = samples - by_policy[:, None] - by_env + mean
     freedom = np.array([policies - 1, envs - 1, (policies - 1) * (envs - 1)])
     between = envs * ((by_policy - mean) ** 2).sum(), policies * ((by_env - mean) ** 2).sum(), (rest**2).sum()
-    squares = np.array(between) / freedom
-    squares[:2] = np.maximum(squares[:2], squares[2])
-    variance = squares[0] + squares[1] - squares[2]
-    if variance == 0:
-        return Interval(mean.item(), mean.item(), mean.item(), envs)
-    half = np.sqrt(variance / samples.size) * stdtrit(variance**2 / (squares**2 / freedom).sum(), 0.5 + CONFIDENCE / 2)
+    of_policy, of_env, of_rest = np.array(between) / freedom
+    parts = np.array([max(of_policy - of_rest, 0.0), max(of_env, of_rest)]) / samples.size
+    half = np.sqrt((stdtrit(freedom[:2], 0.5 + CONFIDENCE / 2) ** 2 * parts).sum())
     return Interval(mean.item(), (mean - half).item(), (mean + half).item(), envs)
 
 

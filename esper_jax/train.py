@@ -181,7 +181,7 @@ def choose(controllers: list[Controller], number: Array) -> Controller:
 
 def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
     """`fun` mapped over the two leading axes [G, E], `chunk` at a time; a fixed chunk makes results independent of
-    how many there are."""
+    how many there are. In chunks of more than one, an element's place in its chunk may show in the last bits."""
     shape = jax.tree.leaves(xs)[0].shape[:2]
     flat = jax.tree.map(lambda leaf: leaf.reshape(shape[0] * shape[1], *leaf.shape[2:]), xs)
     out = lax.map(fun, flat) if chunk == 1 else lax.map(fun, flat, batch_size=chunk)

@@ -101,6 +101,8 @@ def parse(argv: list[str]) -> Options:
             helping = {"-h", "--help"} & set(argv)
             name = "digits" if helping else data.resolve(_folder(asked.data_dir), announce=_warn)
         cfg = presets.get(preset, name)
+    if asked.resume and asked.data not in (None, cfg.data.name):
+        raise ValueError(f"--data {asked.data} and --resume: {asked.resume} is a run on {cfg.data.name}")
     if asked.data_dir:
         cfg = cfg.replace(**{"data.data_dir": asked.data_dir})
     options = tyro.cli(Options, args=argv, prog=PROGRAM, default=Options(preset, cfg.data.name, config=cfg))

@@ -93,13 +93,12 @@ def test_one_policy_has_the_interval_over_environments():
 def test_interval_of_policies_and_environments_by_hand():
     """Mean 3; of policies 1.5 and 4.5, of environments 2 and 4: mean squares 9 and 4, of the rest 4 x 0.5^2 = 1."""
     got = crossed_interval(np.array([[1.0, 2.0], [3.0, 6.0]]))
-    # variance (9 + 4 - 1) / 4 = 3 with 12^2 / (9^2 + 4^2 + 1^2) degrees of freedom
-    half = np.sqrt(3) * stats.t.ppf(0.975, 144 / 98)
+    # variances (9 - 1) / 4 and 4 / 4, each with one degree of freedom
+    half = np.sqrt(2 + 1) * stats.t.ppf(0.975, 1)
     np.testing.assert_allclose(got, (3, 3 - half, 3 + half, 2))
-    # policies that differ by less than the rest does: 0, raised to the rest's 1; environments 9
-    got = crossed_interval(np.array([[1.0, 5.0], [2.0, 4.0]]))
-    half = np.sqrt(9 / 4) * stats.t.ppf(0.975, 9**2 / (1 + 9**2 + 1))
-    np.testing.assert_allclose(got, (3, 3 - half, 3 + half, 2))
+    # policies that differ by less than the rest does add nothing to the interval over environments
+    samples = np.array([[1.0, 5.0], [2.0, 4.0]])
+    np.testing.assert_allclose(crossed_interval(samples), mean_interval(samples.mean(0)))
     # an environment that one policy was not measured in is left out
     gap = crossed_interval(np.array([[1.0, 2.0, 50.0], [3.0, 6.0, np.nan]]))
     np.testing.assert_allclose(gap, crossed_interval(np.array([[1.0, 2.0], [3.0, 6.0]])))

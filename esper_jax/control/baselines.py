@@ -134,7 +134,8 @@ def _nurse(
     for head in ("style", "tempo", "alpha_target"):
         offered &= getattr(masks, head)[getattr(germination, head)]
     if germination.blueprint.ndim and germination.blueprint.shape != ready.shape:
-        raise ValueError(f"{germination.blueprint.size} blueprints for {ready.size} slots: must be one, or one per slot")
+        given = germination.blueprint.size
+        raise ValueError(f"{given} blueprints for {ready.size} slots: must be one, or one per slot")
     where = masks.slot_by_op[Op.GERMINATE] & offered & may_germinate
     mine = jnp.broadcast_to(germination.blueprint, where.shape)[jnp.argmax(where)]
     start = (germination.replace(blueprint=mine), where)
