@@ -61,4 +61,4 @@ def load(
     if name == "cifar10":
         arrays = cifar10.load(cfg.data_dir, announce=announce, patience=PATIENCE, archive=archive)
         return split(arrays, cfg, name="cifar10", augment=cfg.augment, moments=cifar10.MOMENTS)
-    return split(shapes.load(), cfg, name="shapes", augment=cfg.augment)
+    return split(shapes.load(cfg.image_size or shapes.SIZE), cfg, name="shapes", augment=cfg.augment)

@@ -2,13 +2,14 @@
 
 Colours, brightness, position, size and rotation say nothing about the class; the background is textured, and parts of
 other figures lie about. So that a network has something to grow for, the noise leaves a larger network well ahead of
-a small one.
+a small one. Pictures that will be averaged to 8x8 or 16x16 are drawn plainer, or nothing could be learned from them.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +21,24 @@ SIZE = 32
 SEED = 20_240
 CHUNK = 500  # images drawn together: their float maps fit a cache
 
-# Difficulty. Units: pixels, radians, and grey levels of 0-255.
-RADIUS = (5.0, 10.0)
-CENTRE = 5.0  # largest distance of the figure from the middle, per axis
+# Units: pixels, radians, and grey levels of 0-255.
 STRIPE_TILT = 0.3  # the striped classes are rotated by at most this
-CONTRAST = (32.0, 95.0)  # figure minus ground
 GROUND = (70.0, 185.0)
-TEXTURE = 28.0  # of the smooth background pattern
-NOISE = 18.0  # of each pixel and channel
-DISTRACTORS = 3
+
+
+class Difficulty(NamedTuple):
+    """What makes the figures hard to tell apart."""
+
+    radius: tuple[float, float]
+    centre: float  # largest distance of the figure from the middle, per axis
+    contrast: tuple[float, float]  # figure minus ground
+    texture: float  # of the smooth background pattern
+    noise: float  # of each pixel and channel
+    distractors: int
+
+
+FULL_SIZE = Difficulty((5.0, 10.0), 5.0, (32.0, 95.0), 28.0, 18.0, 3)
+SMALL_SIZE = Difficulty((8.0, 13.0), 3.0, (60.0, 120.0), 10.0, 10.0, 0)
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> np.ndarray:
@@ -92,39 +102,44 @@ def _smooth(rng: np.random.Generator, n: int, cells: int) -> np.ndarray:
     return (weights @ grid @ weights.T).transpose(0, 2, 3, 1)
 
 
-def _draw(rng: np.random.Generator, kind: int, n: int) -> np.ndarray:
+def _draw(rng: np.random.Generator, kind: int, n: int, hard: Difficulty) -> np.ndarray:
     """n pictures u8 `[n, H, W, 3]` of one class."""
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     ground = _uniform(rng, *GROUND, n, 1, 1, 3)
-    picture = ground + TEXTURE * (_smooth(rng, n, 3) + 0.7 * _smooth(rng, n, 8))
-    for _ in range(DISTRACTORS):  # short bars
+    picture = ground + hard.texture * (_smooth(rng, n, 3) + 0.7 * _smooth(rng, n, 8))
+    for _ in range(hard.distractors):  # short bars
         centre, turn = _uniform(rng, -16, 16, 2, n, 1, 1), _uniform(rng, -np.pi, np.pi, n, 1, 1)
         x, y = columns - centre[0], rows - centre[1]
         x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
         bar = _edge(_box(x, y, _uniform(rng, 1, 4, n, 1, 1), _uniform(rng, 0.6, 1.4, n, 1, 1)))
-        picture += bar[..., None] * _uniform(rng, -CONTRAST[1], CONTRAST[1], n, 1, 1, 3)
-    centre = _uniform(rng, -CENTRE, CENTRE, 2, n, 1, 1)
+        picture += bar[..., None] * _uniform(rng, -hard.contrast[1], hard.contrast[1], n, 1, 1, 3)
+    centre = _uniform(rng, -hard.centre, hard.centre, 2, n, 1, 1)
     turn = _rotation(kind, _uniform(rng, -1, 1, n, 1, 1), _uniform(rng, -1, 1, n, 1, 1))
     x, y = columns - centre[0], rows - centre[1]
     x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
-    cover = _figure(kind, x, y, _uniform(rng, *RADIUS, n, 1, 1), _uniform(rng, 0, 1, n, 1, 1))
+    cover = _figure(kind, x, y, _uniform(rng, *hard.radius, n, 1, 1), _uniform(rng, 0, 1, n, 1, 1))
     sign = np.where(_uniform(rng, -1, 1, n, 1, 1, 1) < 0, -1, 1)
-    colour = sign * _uniform(rng, *CONTRAST, n, 1, 1, 1) + _uniform(rng, -25, 25, n, 1, 1, 3)
+    colour = sign * _uniform(rng, *hard.contrast, n, 1, 1, 1) + _uniform(rng, -25, 25, n, 1, 1, 3)
     picture += cover[..., None] * colour
-    picture += rng.integers(-127, 128, picture.shape, np.int8) * np.float32(NOISE * np.sqrt(3) / 127)
+    picture += rng.integers(-127, 128, picture.shape, np.int8) * np.float32(hard.noise * np.sqrt(3) / 127)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 @functools.cache
-def load() -> Arrays:
-    """12,000 training and 2,500 test pictures u8 `[N, 32, 32, 3]`: the same in every run, classes equally frequent."""
+def load(size: int = SIZE) -> Arrays:
+    """12,000 training and 2,500 test pictures u8 `[N, 32, 32, 3]`: the same in every run, classes equally frequent.
+
+    Args:
+      size: that the pictures will be averaged to, which decides how plain they are.
+    """
+    hard = FULL_SIZE if size == SIZE else SMALL_SIZE
     rng = np.random.default_rng(SEED)
     per_class = (TRAIN + TEST) // len(CLASSES)
     images = np.empty((per_class, len(CLASSES), SIZE, SIZE, 3), np.uint8)
     for kind in range(len(CLASSES)):
         for start in range(0, per_class, CHUNK):
             count = min(CHUNK, per_class - start)
-            images[start : start + count, kind] = _draw(rng, kind, count)
+            images[start : start + count, kind] = _draw(rng, kind, count, hard)
     images = images.reshape(-1, SIZE, SIZE, 3)
     labels = np.tile(np.arange(len(CLASSES)), per_class)
     digest = hashlib.md5(images, usedforsecurity=False).hexdigest()
