@@ -1,7 +1,7 @@
-"""The only configuration type: frozen dataclasses, checked on construction, and the presets.
+"""The only configuration type: frozen dataclasses, checked on construction.
 
-Everything here is static: a change recompiles. Numbers that a study sweeps without recompiling (`RewardWeights`)
-are read once from here and passed on as traced values.
+Everything here is static: a change recompiles. Numbers that a study sweeps without recompiling (`train.Hypers`) are
+read once from here and passed on as traced values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ def _require(condition: bool, where: object, name: str, allowed: str) -> None:
 def _require_positive(where: object, *names: str) -> None:
     for name in names:
         _require(getattr(where, name) > 0, where, name, "greater than 0")
+
+
+def _require_finite(where: object) -> None:
+    """No field of numbers holds an infinite one or none."""
+    for field_ in dataclasses.fields(where):
+        value = getattr(where, field_.name)
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
+        _require(all(map(math.isfinite, numbers)), where, field_.name, "finite")
 
 
 def _require_choices(where: object) -> None:
@@ -133,6 +141,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         _require_choices(self)
+        _require_finite(self)
         _require(self.epochs >= 2, self, "epochs", "at least 2")
         _require_positive(self, "batches_per_epoch", "batch_size", "host_lr", "seed_lr", "telemetry_stride")
         _require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
@@ -192,6 +201,7 @@ class GovernorConfig:
     """a snapshot is taken at an accepted loss every so many epochs, and after each fossilisation"""
 
     def __post_init__(self):
+        _require_finite(self)
         _require(self.history_window >= self.min_history, self, "history_window", f"at least {self.min_history}")
         _require_positive(self, "min_history", "min_panics", "snapshot_epochs", "multiplier", "sensitivity")
 
@@ -251,6 +261,7 @@ class RewardConfig:
 
     def __post_init__(self):
         _require_choices(self)
+        _require_finite(self)
         _require_positive(self, "rent_host_floor", "param_budget", "clip", "loss_scale", "loss_cap")
         _require(self.price >= 0, self, "price", "at least 0")
         _require(0 <= self.harvest <= 1, self, "harvest", "in [0, 1]")
@@ -287,8 +298,11 @@ class PPOConfig:
         _require(0 < self.gamma <= 1, self, "gamma", "in (0, 1]")
         _require(0 <= self.gae_lambda <= 1, self, "gae_lambda", "in [0, 1]")
         _require(len(self.op_bias) == len(Op), self, "op_bias", f"{len(Op)} numbers, one per op")
-        _require(all(map(math.isfinite, self.op_bias)), self, "op_bias", "finite")
-        _require(math.isfinite(self.full_alpha_bias), self, "full_alpha_bias", "finite")
+        _require_finite(self)
+        for name in ("entropy_coef", "entropy_coef_final", "value_coef", "anneal_rounds"):
+            _require(getattr(self, name) >= 0, self, name, "at least 0")
+        _require_positive(self, "advantage_std_floor")
+        _require(self.target_kl is None or self.target_kl > 0, self, "target_kl", "greater than 0 or none")
 
 
 @dataclass(frozen=True)
@@ -304,7 +318,7 @@ class Config:
     n_envs: int = 16
     """environments of a round (E), for each policy seed"""
     policy_seeds: int = 1
-    """policies that are trained side by side (P), from different keys and on different environments"""
+    """policies that are trained side by side (P), from different keys, on the same environments"""
     env_chunk: int = 1
     """environments computed together: 1 on a CPU with 32x32 images, 16-32 with 8x8 ones, many on a GPU"""
     devices: int = 0

@@ -66,7 +66,7 @@ def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
     panels = figure.subplots(1, 3)
     x = np.arange(1, rounds + 1)
     for axes, samples, label in (
-        (panels[0], np.nansum(metrics["rounds/reward"], axis=-1), "return of an episode (points over its twin)"),
+        (panels[0], np.nansum(metrics["rounds/reward"], axis=-1), "return of an episode (sum of rewards)"),
         (panels[1], kept.sum(-1), "seeds kept per episode"),
     ):
         for p in range(policies):
@@ -82,7 +82,7 @@ def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _plain_axes(axes)
-    figure.suptitle(f"Training on {data}: {policies} policies, {envs} environments per round and policy")
+    figure.suptitle(f"Training on {data}: {policies} x {envs} environments per round (policies x environments)")
     figure.savefig(path, dpi=110)
     return (
         f"Training of the policies: mean of {envs} environments per round with 95 % intervals (Student t): return, "
@@ -116,6 +116,8 @@ def grown(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
                     text = f"{BLUEPRINTS[kind]}\n{born:.0f} to {done:.0f}"
                     axes.text(left + count / envs / 2, bottom, text, ha="center", va="center", fontsize=7)
                 left += count / envs
+        if not (stage[a, :, -1] == Stage.FOSSILIZED).any():
+            axes.text(0.5, (n_slots - 1) / 2, "nothing kept", ha="center", va="center", color="#777777")
         title = names[a] if names[a] in alone else f"{names[a]} {policies[a]}"
         gain = metrics["arms/test_committed"][a] - metrics["arms/test_committed"][names.index(BASELINE)]
         size = metrics["arms/committed_size"][a, :, -1].mean()

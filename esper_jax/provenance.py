@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -57,8 +58,23 @@ def data(dataset: Dataset) -> dict[str, Any]:
 
 
 def computed(cfg: Config) -> dict[str, Any]:
-    """What decides the numbers of a round."""
-    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_COMPUTED}
+    """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this."""
+    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_COMPUTED}
+    return fields | {"data": {name: value for name, value in fields["data"].items() if name != "data_dir"}}
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The run card of a run's folder. Raises ValueError naming the file if it is none."""
+    path = folder / "run.json"
+    try:
+        card = json.loads(path.read_text())
+        Config.from_json(json.dumps(card["config"]))
+        return {"script": None} | card | {"preset": str(card["preset"]), "status": str(card["status"])}
+    except OSError as error:
+        raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: must be the run.json of a run: {reason}") from None
 
 
 def run_card(cfg: Config, dataset: Dataset) -> dict[str, Any]:

@@ -129,14 +129,12 @@ def _claims(
     for name, samples in differences.items():
         gain = crossed_interval(samples)
         text = f"{name} ({signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}])"
-        if gain.low > 0:
-            said["better"].append(text)
-        elif share and gain.low > -MARGIN and share.get(name, np.inf) < 0.5:
-            frugal.append(f"{text} with {share[name]:.2f} times the parameters that it adds")
-        elif gain.high < 0:
-            said["worse"].append(text)
-        else:
+        if gain.excludes_zero:
+            said["better" if gain.low > 0 else "worse"].append(text)
+        elif not (share and gain.low > -MARGIN and share.get(name, np.inf) < 0.5):
             unknown.append(name)
+        if share and -MARGIN < gain.low <= 0 and share.get(name, np.inf) < 0.5:
+            frugal.append(f"{text} with {share[name]:.2f} times the parameters that it adds")
     if frugal:
         said[f"not worse by more than {MARGIN:g} points"] = frugal
     if subject:

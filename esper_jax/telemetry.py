@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_jax.train import Comparison, Metrics, Rollout
+from esper_jax.train import LEARNED, Comparison, Metrics, Rollout
 from esper_jax.types import BLUEPRINTS, Op, PanicReason, Stage
 
 # The mask that says which entries of a field were measured; a field not listed always is.
@@ -81,6 +81,8 @@ def arm_arrays(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
+        if name not in LEARNED:  # a rule predicts nothing
+            arrays["value"] = np.full_like(arrays["value"], np.nan)
         arrays["test_per_class"] = np.where(test.per_class_valid, test.per_class, np.float32(np.nan))
         per_arm.append(arrays)
         names += [name] * len(test.accuracy)

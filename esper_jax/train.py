@@ -266,7 +266,8 @@ def make_train(
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
         # the penalty of a rollback keeps its size whatever the other rewards are like
-        earned = jnp.where(rows.info.panic | ~decided, 0.0, rows.reward)
+        fine = rows.info.components.death_penalty
+        earned = jnp.where(decided, rows.reward - fine, 0.0)
         sums = jax.vmap(partial(ppo.discounted_sums, gamma=hypers.ppo.gamma))(earned, rows.terminal)
         returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1), axis_name=axis_name)
         scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
@@ -276,7 +277,7 @@ def make_train(
             action=rows.action,
             log_prob=rows.log_prob,
             value=rows.value,
-            reward=jnp.where(rows.info.panic, rows.reward, jnp.clip(rows.reward / scale, -clip, clip)),
+            reward=fine + jnp.clip(earned / scale, -clip, clip),
             terminal=rows.terminal,
             valid=jnp.broadcast_to(decided, rows.reward.shape),
             reset=rows.reset,
@@ -290,9 +291,9 @@ def make_train(
     def learn(keys, run: RunState, rows: Rollout, axis_name):
         played = jax.tree.map(lambda leaf: leaf[:n_policies], rows)
         if paired:
-            everywhere = jnp.zeros(played.reward.shape[:2], jnp.int32)
-            policies = everywhere + jnp.arange(n_policies)[:, None]
-            twin_loss = rows.info.val_loss[n_policies + everywhere[:, 0]]
+            policies = jnp.broadcast_to(jnp.arange(n_policies)[:, None], played.reward.shape[:2])
+            twin = rows.info.val_loss[n_policies], rows.info.accepted[n_policies]
+            twin_loss = jnp.broadcast_to(jax.vmap(reward.last_accepted)(*twin), played.reward.shape)
             played = paid(played, pay(run.hypers, policies, reward.Course.of(played.info), twin_loss))
         each = (keys, run.hypers, run.learner, run.observations, run.returns, played)
         learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
@@ -309,9 +310,14 @@ def make_train(
             learner = ppo.init_learner(key, cfg.ppo, n_features, n_slots)
             return learner, normalizers.init(n_features), normalizers.init(1)
 
-        if hypers is None:
-            spread = lambda leaf: jnp.broadcast_to(leaf, (n_policies,))
-            hypers = jax.tree.map(spread, Hypers.from_config(cfg))
+        def spread(path, leaf):
+            if jnp.shape(leaf) not in ((), (n_policies,)):
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"hypers{name} has the shape {jnp.shape(leaf)}: must be () or ({n_policies},)")
+            return jnp.broadcast_to(jnp.asarray(leaf, jnp.float32), (n_policies,))
+
+        hypers = Hypers.from_config(cfg) if hypers is None else hypers
+        hypers = jax.tree_util.tree_map_with_path(spread, hypers)
         policies = lax.map(one, each_policy(jax.random.fold_in(key, INIT_STREAM)))
         return strong(RunState(jnp.int32(0), hypers, *policies))
 
@@ -365,6 +371,8 @@ def bind(
     def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
         """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them.
 
+        A rule is paid by the hypers of policy 0.
+
         They are played in blocks of the size of a round, which is compiled already; what the last block has too many
         is dropped. The twin is played too, whether it is asked for or not.
         """
@@ -388,7 +396,9 @@ def bind(
             results.append((who, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
         if paired:
-            twin = together.rollout.info.val_loss[: cfg.report_envs]
+            info = together.rollout.info
+            twin = jax.vmap(reward.last_accepted)(info.val_loss[: cfg.report_envs], info.accepted[: cfg.report_envs])
+            twin = np.asarray(twin)
             flat = [pay_block(run, who, result.rollout, twin) for who, result in results]
             together = together.replace(rollout=jax.tree.map(lambda *parts: np.concatenate(parts), *flat))
         ends = np.cumsum([played[name] * cfg.report_envs for name in wanted])

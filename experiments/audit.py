@@ -23,9 +23,9 @@ import tyro
 from esper_jax import Config, checkpoint, compilation, data, make_train, provenance
 from esper_jax.config import RewardConfig
 from esper_jax.console import Console, text_table
-from esper_jax.control import baselines
 from esper_jax.statistics import eta_squared, rank_correlation, signed
-from esper_jax.train import BASELINE, Comparison, default_controllers
+from esper_jax.train import BASELINE, Comparison
+from experiments.cifar import controllers
 
 PROGRAM = "python -m experiments.audit"
 MODES = get_args(get_type_hints(RewardConfig)["mode"])
@@ -51,10 +51,7 @@ def gains(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
 
 def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, card: dict) -> dict[str, Comparison]:
     """The comparison of a run under the reward mode of `cfg`; only the reward may differ from then."""
-    rules = default_controllers(cfg)
-    if script is not None:
-        rules["script"] = baselines.script(baselines.parse_script(script))
-    train = make_train(cfg, dataset, rules)
+    train = make_train(cfg, dataset, controllers(cfg, script))
     key = jax.random.key(cfg.seed)
     if cfg.rounds:
         meta = {"config": provenance.computed(Config.from_json(json.dumps(card["config"])))}
@@ -65,12 +62,13 @@ def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path,
     return train.compare(key, run, train.controllers)
 
 
-def audit(folder: Path, console: Console) -> list[list[str]]:
+def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[list[str]]:
     """The rows of the table, a mode each. Raises ValueError and OSError for what is no finished run."""
-    card = json.loads((folder / "run.json").read_text())
-    if card.get("status") != "complete":
-        raise ValueError(f"{folder}: its status is {card.get('status')!r}: must be complete (go on with --resume)")
+    card = provenance.read_card(folder)
+    if card["status"] != "complete":
+        raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
     cfg = Config.from_json(json.dumps(card["config"]))
+    cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
     dataset = data.load(cfg.data, announce=console.say)
     if dataset.identity != card["data"]["identity"]:
         raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
@@ -88,17 +86,21 @@ def audit(folder: Path, console: Console) -> list[list[str]]:
 def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
-    def options(run: Annotated[Path, tyro.conf.Positional]) -> Path:
+    def options(run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None) -> tuple[Path, Path | None]:
         """Plays the comparison of a finished run under every reward mode: does the return rank by what is achieved?
+
+        Takes about a minute per mode on two cores, most of it to compile.
 
         Args:
           run: folder of the run.
+          data_dir: folder that holds the CIFAR-10 files; none looks where the run did.
         """
-        return run
+        return run, data_dir
 
-    folder, console = tyro.cli(options, args=sys.argv[1:] if argv is None else argv, prog=PROGRAM), Console()
+    folder, data_dir = tyro.cli(options, args=sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+    console = Console()
     try:
-        rows = audit(folder, console)
+        rows = audit(folder, console, data_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

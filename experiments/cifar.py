@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from esper_jax.control import baselines
 from esper_jax.network import cnn
 from esper_jax.startup_cache import StartupCache, cache_folder
 from esper_jax.train import LEARNED, RunState, Train, default_controllers
+from esper_jax.types import Controller
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -89,23 +91,28 @@ def parse(argv: list[str]) -> Options:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the defaults of others
     for name in ("preset", "data", "data-dir", "resume"):
         early.add_argument(f"--{name}")
-    asked, _ = early.parse_known_args(argv)
+    dashed = [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in argv]  # as tyro takes both
+    asked, _ = early.parse_known_args(dashed)
     asked.preset = asked.preset if asked.preset in presets.PRESETS else None  # refused below, with its neighbours
     preset = asked.preset or ("quick" if jax.default_backend() == "cpu" else "full")
     if asked.resume:
-        card = json.loads((Path(asked.resume) / "run.json").read_text())
+        card = provenance.read_card(Path(asked.resume))
         preset, cfg = card["preset"], Config.from_json(json.dumps(card["config"]))
     else:
         name = asked.data if asked.data in ("cifar10", "shapes", "digits") else "auto"
         if name == "auto":  # the sizes depend on the data; who only wants to read the help does not wait for a server
             helping = {"-h", "--help"} & set(argv)
-            name = "digits" if helping else data.resolve(_folder(asked.data_dir), announce=_warn)
+            wrong = asked.data not in (None, "auto")  # refused below
+            name = "digits" if helping or wrong else data.resolve(_folder(asked.data_dir), announce=_warn)
         cfg = presets.get(preset, name)
     if asked.resume and asked.data not in (None, cfg.data.name):
         raise ValueError(f"--data {asked.data} and --resume: {asked.resume} is a run on {cfg.data.name}")
     if asked.data_dir:
         cfg = cfg.replace(**{"data.data_dir": asked.data_dir})
     options = tyro.cli(Options, args=argv, prog=PROGRAM, default=Options(preset, cfg.data.name, config=cfg))
+    for name, instead in (("name", "--data"), ("data_dir", "--data-dir")):
+        if (value := getattr(options.config.data, name)) != getattr(cfg.data, name):
+            raise ValueError(f"--data.{name.replace('_', '-')} {value}: give {instead} {value}, which sizes follow")
     if options.checkpoint_every < 0:
         raise ValueError(f"--checkpoint-every = {options.checkpoint_every}: must be at least 0")
     if options.resume and options.out:
@@ -113,8 +120,17 @@ def parse(argv: list[str]) -> Options:
     if options.resume and options.preset != preset:
         raise ValueError(f"--preset {options.preset} and --resume: {options.resume} is a run of preset {preset}")
     if options.resume and provenance.computed(options.config) != provenance.computed(cfg):
-        raise ValueError(f"--resume {options.resume}: only {', '.join(provenance.NOT_COMPUTED)} may differ from then")
+        then, now = (json.dumps(provenance.computed(c), indent=0).splitlines() for c in (cfg, options.config))
+        changed = [line.strip(", ") for line, before in zip(now, then, strict=False) if line != before]
+        allowed = ", ".join(provenance.NOT_COMPUTED)
+        raise ValueError(f"--resume {options.resume}: {changed[0]}: only {allowed} may differ from then")
     return options
+
+
+def controllers(cfg: Config, script: str | None) -> dict[str, Controller]:
+    """The rules of a run: the default ones, and `script` if there is a text of one. Raises ValueError if it is bad."""
+    rules = default_controllers(cfg)
+    return rules if script is None else rules | {"script": baselines.script(baselines.parse_script(script))}
 
 
 def _folder(data_dir: str | None) -> str | None:
@@ -137,11 +153,9 @@ def prepare(options: Options, argv: list[str]) -> Job:
         raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
     if not options.resume:
         _folder(cfg.data.data_dir)
-    rules = default_controllers(cfg)
-    script = json.loads((out / "run.json").read_text()).get("script") if options.resume else None
+    script = provenance.read_card(out)["script"] if options.resume else None
     script = options.script.read_text() if options.script else script
-    if script is not None:
-        rules["script"] = baselines.script(baselines.parse_script(script))
+    rules = controllers(cfg, script)
     header(console, options, cfg, out, rules=len(rules))
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
@@ -222,7 +236,7 @@ def header(console: Console, options: Options, cfg: Config, out: Path, rules: in
         "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
         "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
         + "blueprints " + " ".join(name for name in cfg.lifecycle.blueprints if name != "noop"),
-        "plan": f"{cfg.policy_seeds} policies x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
+        "plan": f"policies: {cfg.policy_seeds} x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
         f"epochs, then {rules} rules and {len(LEARNED)} ways to act of each policy x {cfg.report_envs} environments: "
         f"{total:,} epochs of a host",
     })  # fmt: skip

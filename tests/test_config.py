@@ -78,6 +78,15 @@ REFUSED = [
     (PPOConfig, "op_bias", (0.0,) * 7, "6 numbers, one per op"),
     (PPOConfig, "op_bias", (0.0,) * 5 + (math.inf,), "finite"),
     (PPOConfig, "op_bias", (math.nan,) + (0.0,) * 5, "finite"),
+    (PPOConfig, "full_alpha_bias", math.nan, "finite"),
+    (PPOConfig, "entropy_coef", -1.0, "at least 0"),
+    (PPOConfig, "anneal_rounds", -5, "at least 0"),
+    (PPOConfig, "target_kl", 0.0, "greater than 0 or none"),
+    (PPOConfig, "advantage_std_floor", 0.0, "greater than 0"),
+    (RewardConfig, "price", math.inf, "finite"),
+    (RewardConfig, "rent_weight", math.nan, "finite"),
+    (TrainingConfig, "host_lr", math.inf, "finite"),
+    (GovernorConfig, "death_penalty", math.nan, "finite"),
     (Config, "n_envs", 0, "greater than 0"),
     (Config, "n_envs", 7, "a multiple of ppo.minibatches"),
     (Config, "policy_seeds", 0, "greater than 0"),
@@ -227,8 +236,8 @@ def test_presets():
 def test_a_preset_has_a_size_for_each_kind_of_data():
     digits, photographs = presets.get("quick", "digits"), presets.get("quick", "cifar10")
     assert presets.get("quick") == digits and digits.data.image_size is None
-    assert (photographs.data.image_size, photographs.data.train_limit) == (8, 10_000)
-    assert digits.replace(data=photographs.data) == photographs  # in the small sizes nothing else differs
+    assert (photographs.data.image_size, photographs.data.train_limit) == (8, 1600)
+    assert photographs.host == digits.host.__class__(n_blocks=2, base_channels=2, pool_layers=1)
     # shapes have the size of the photographs
     assert presets.get("quick", "shapes") == photographs.replace(**{"data.name": "shapes"})
     assert presets.get("full", "digits").host == presets.host("digits")

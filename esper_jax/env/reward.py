@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from esper_jax.config import RewardConfig
-from esper_jax.trees import select
 from esper_jax.types import Array, Op, Stage
 
 # The reference's defaults that no study has varied; the ones that are varied are `RewardWeights`.
@@ -555,6 +554,11 @@ class Course:
         return cls(**{name: getattr(record, name) for name in cls.__dataclass_fields__})
 
 
+def last_accepted(values: Array, accepted: Array) -> Array:
+    """f32[T]: for each epoch the value of the last one whose loss the governor took (bool[T]); at first, the first."""
+    return values[jax.lax.cummax(jnp.where(accepted, jnp.arange(values.shape[0]), 0))]
+
+
 def paired(course: Course, twin_loss: Array, weights: RewardWeights, fine: RewardComponents) -> RewardComponents:
     """Rewards of an episode by its gain over the twin, the same keys without growth; components f32[T].
 
@@ -565,29 +569,26 @@ def paired(course: Course, twin_loss: Array, weights: RewardWeights, fine: Rewar
     share `harvest`, that of the committed network: what is not kept is worth nothing.
 
     Losses above `loss_cap`, and those that are not finite, count as `loss_cap`. An epoch whose loss the governor did
-    not accept is worth what the last accepted one was; one that it rolled back pays the fine instead. The first row has
-    nothing before it and pays 0.
+    not accept is worth what the last accepted one was, the network that would be kept too; one that it rolled back pays
+    the fine besides. The first row has nothing before it and pays 0.
 
     Args:
-      twin_loss: f32[T] of the twin in the same epochs.
+      twin_loss: f32[T] of the twin in the same epochs; see `last_accepted`.
       fine: of a rollback, see `death`.
     """
     cap = lambda loss: jnp.where(jnp.isfinite(loss), jnp.minimum(loss, weights.loss_cap), weights.loss_cap)
-    epochs = jnp.arange(course.val_loss.shape[0])
-    latest = jax.lax.cummax(jnp.where(course.accepted, epochs, 0))  # the last accepted row up to here
+    held = lambda value: last_accepted(value, course.accepted)
     ahead = lambda loss: weights.loss_scale * (cap(twin_loss) - cap(loss))
     cost = lambda params: -weights.price * (params - 1.0)
     change = lambda value: jnp.concatenate([jnp.zeros_like(value[:1]), jnp.diff(value)])
 
-    gain, size = ahead(course.val_loss)[latest], cost(course.blended_size)[latest]
-    kept = ahead(course.committed_loss) + cost(course.committed_size)
-    harvested = course.episode_over & ~course.panic
-    earned = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, gain.shape), RewardComponents.zeros()).replace(
+    gain, size = held(ahead(course.val_loss)), held(cost(course.blended_size))
+    kept = held(ahead(course.committed_loss) + cost(course.committed_size))
+    return jax.tree.map(lambda leaf: jnp.where(course.panic, leaf, 0.0), fine).replace(
         gain=change(gain),
         size=change(size),
-        harvest=jnp.where(harvested, weights.harvest * (kept - (gain + size)), 0.0),
+        harvest=jnp.where(course.episode_over, weights.harvest * (kept - (gain + size)), 0.0),
     )
-    return select(course.panic, fine, earned)
 
 
 def reward(inputs: RewardInputs, weights: RewardWeights, mode: str, attribution: str) -> RewardComponents:

@@ -522,13 +522,13 @@ def any_episode(draw):
 @settings(deadline=None, max_examples=60)
 @given(any_episode(), st.sampled_from([0.0, 0.5, 1.0]))
 def test_an_episode_returns_its_last_value(episode, harvest):
-    """The transitions telescope: to the value of the last accepted epoch, or of what is kept after the last one."""
+    """The transitions telescope to the value of the last accepted epoch, or of what would have been kept after it."""
     lived, twin = episode
     got = pay(lived, twin, harvest=harvest)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
     last = np.flatnonzero(lived.accepted)[-1]
     live = value(lived.val_loss[last], twin[last], lived.blended_size[last])
-    kept = value(lived.committed_loss[-1], twin[-1], lived.committed_size[-1])
+    kept = value(lived.committed_loss[last], twin[last], lived.committed_size[last])
     total = np.asarray(got.total(), np.float64).sum()
     assert total == pytest.approx((1 - harvest) * live + harvest * kept, abs=2e-3)
     # and so for the epochs up to any that was accepted
@@ -591,13 +591,13 @@ def test_a_rollback_pays_the_fine_and_nothing_else():
     assert got.total().sum() == pytest.approx(3.0 - 10.0, abs=1e-5)
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[2], got), FINE)
     np.testing.assert_array_equal(got.death_penalty, [0, 0, -10, 0, 0])
-    # In the last epoch too: no harvest, whatever is kept. The return is the last value, 2.8, less the fine.
+    # In the last epoch too, beside the harvest: nothing was kept at the last accepted one, so its 2.8 are taken back.
     ends = course([1, 0.9, NAN], [1, 1.4, 1.4], kept=[1, 1, NAN], accepted=[1, 1, 0], panic=[0, 0, 1])
     got = pay(ends, 1.0)
-    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[2], got), FINE)
-    assert got.total().sum() == pytest.approx(2.8 - 10.0, abs=1e-5)
+    np.testing.assert_allclose([got.harvest[2], got.death_penalty[2], got.total()[2]], [-2.8, -10, -12.8], atol=1e-5)
+    assert got.total().sum() == pytest.approx(-10.0, abs=1e-5)
     # another fine is another number
-    assert pay(ends, 1.0, R.death(4.0, 10.0)).total()[2] == -4
+    assert pay(ends, 1.0, R.death(4.0, 10.0)).death_penalty[2] == -4
 
 
 def test_a_grid_of_weights_compiles_once():
