@@ -69,6 +69,20 @@ def test_colours_of_shapes_do_not_give_the_class_away(few_shapes):
     assert (nearest == arrays.test_labels).mean() < 0.25
 
 
+def test_small_shapes_are_drawn_plainer(few_shapes):
+    """A figure stands out more: contrast against the ground is larger and the ground itself flatter. Medians over the
+    pictures of the range of grey in the middle over that at the border."""
+
+    def stands_out(arrays):
+        grey = arrays.images.mean(-1)
+        border = np.concatenate([grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]], axis=1)
+        return np.median(np.ptp(grey[:, 8:24, 8:24], axis=(1, 2)) / np.ptp(border, axis=1))
+
+    small, full = shapes.load(8), shapes.load()
+    assert small.identity != full.identity and shapes.load(16).identity == small.identity
+    assert stands_out(small) > 1.5 * stands_out(full)
+
+
 @pytest.mark.parametrize("size", [None, 8, 16, 32])
 def test_shapes_come_in_every_size(few_shapes, size):
     dataset = data.load(DataConfig(name="shapes", image_size=size, validation_size=50, test_limit=30))
