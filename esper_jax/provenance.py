@@ -69,7 +69,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
         Config.from_json(json.dumps(card["config"]))
-        return {"script": None} | card | {"preset": str(card["preset"]), "status": str(card["status"])}
+        return {"script": None, "status": "running"} | card | {"preset": str(card["preset"])}
     except OSError as error:
         raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ import tiny_run
 from esper_jax import checkpoint, compilation, presets, provenance
 from esper_jax.config import Config
 from esper_jax.console import Console
-from experiments import cifar
+from experiments import audit, cifar
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -173,7 +173,7 @@ def test_bad_options_name_the_good_ones(found, argv, said, capsys):
 def test_what_does_not_go_together_is_refused(found, tmp_path):
     with pytest.raises(ValueError, match="checkpoint-every = -1"):
         cifar.parse(["--checkpoint-every", "-1"])
-    with pytest.raises(FileNotFoundError, match="run.json"):
+    with pytest.raises(ValueError, match="must be the folder of a run, with its run.json"):
         cifar.parse(["--resume", str(tmp_path)])
     cfg = presets.get("smoke")
     (tmp_path / "run.json").write_text(json.dumps({"preset": "smoke", "config": dataclasses.asdict(cfg)}))
@@ -206,6 +206,24 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, options, said):
     assert code == 2 and "Traceback" not in out + err
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and said in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (None, "must be the folder of a run, with its run.json"),
+        ('{"status": "comp', "run.json: must be the run.json of a run: Unterminated string"),
+        ("[1]", "run.json: must be the run.json of a run"),
+        ('{"status": "complete"}', "must be the run.json of a run: no 'config'"),
+        ("{running}", "its status is 'running': must be complete"),
+    ],
+)
+def test_only_a_finished_run_is_audited(tmp_path, card, said):
+    whole = {"preset": "smoke", "status": "running", "config": dataclasses.asdict(presets.get("smoke"))}
+    if card is not None:
+        (tmp_path / "run.json").write_text(card.replace("{running}", json.dumps(whole)))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        audit.audit(tmp_path, Console(file=io.StringIO()))
 
 
 def test_full_on_a_cpu_is_loud(tmp_path):
