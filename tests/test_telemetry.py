@@ -44,8 +44,12 @@ def test_what_was_not_measured_is_nan_under_its_mask():
     for prefix in ("rounds/", "arms/"):
         decided = arrays[prefix + "decision_valid"]
         assert not decided[..., 0].any() and decided[..., 1:].all()
-        for name in ("reward", "value", "reward_terminal"):
+        for name in ("reward", "reward_terminal"):
             np.testing.assert_array_equal(np.isnan(arrays[prefix + name]), ~decided)
+        predicts = decided.copy()
+        if prefix == "arms/":  # a rule predicts no value
+            predicts[[row not in ("policy", "policy_greedy") for row in tiny_run.ROWS]] = False
+        np.testing.assert_array_equal(np.isnan(arrays[prefix + "value"]), ~predicts)
         for name in ("contribution", "shapley", "interaction"):
             valid = arrays[f"{prefix}{name}_valid"]
             np.testing.assert_array_equal(np.isnan(arrays[prefix + name]), ~valid)
