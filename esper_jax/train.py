@@ -242,8 +242,8 @@ def make_train(
                 # a newborn environment trains its first epoch before there is anything to decide
                 birth = t == 0
                 memory, action = select(birth, (memory, Action()), (thought, action))
-                new_state, new_obs, paid, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
-                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, paid, done, reset, info)
+                new_state, new_obs, earned, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
+                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, earned, done, reset, info)
                 return (new_state, new_obs, memory, done), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))

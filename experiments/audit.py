@@ -49,14 +49,13 @@ def gains(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
     return {name: np.asarray(result.test.committed - base).ravel() for name, result in arms.items()}
 
 
-def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, card: dict) -> dict[str, Comparison]:
-    """The comparison of a run under the reward mode of `cfg`; only the reward may differ from then."""
+def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, meta: dict) -> dict[str, Comparison]:
+    """The comparison of a run under the reward mode of `cfg`; only the reward may differ from then. `meta` is what the
+    run's checkpoints were saved with."""
     train = make_train(cfg, dataset, controllers(cfg, script))
     key = jax.random.key(cfg.seed)
     if cfg.rounds:
-        meta = {"config": provenance.computed(Config.from_json(json.dumps(card["config"])))}
-        template = compilation.run_template(train, cfg, key)
-        run, _ = checkpoint.restore(folder / "checkpoints", template, meta | {"data": dataset.identity})
+        run, _ = checkpoint.restore(folder / "checkpoints", compilation.run_template(train, cfg, key), meta)
     else:
         run = train.init(key)
     return train.compare(key, run, train.controllers)
@@ -72,10 +71,11 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[
     dataset = data.load(cfg.data, announce=console.say)
     if dataset.identity != card["data"]["identity"]:
         raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
+    meta = {"config": provenance.computed(cfg), "data": dataset.identity}
     rows = []
     for mode in MODES:
         with console.step(mode, "compiled and played"):
-            arms = replay(cfg.replace(**{"reward.mode": mode}), dataset, card["script"], folder, card)
+            arms = replay(cfg.replace(**{"reward.mode": mode}), dataset, card["script"], folder, meta)
         earned = returns(arms)
         correlation, share = scores(earned, gains(arms))
         means = "  ".join(f"{name} {values.mean():.2f}" for name, values in earned.items())

@@ -90,7 +90,7 @@ def init_learner(key: Array, cfg: PPOConfig, n_features: int, n_slots: int) -> L
 
 def entropy_coef(updates: Array, cfg: PPOConfig, hypers: Hypers | None = None) -> Array:
     """Entropy coefficient after so many updates: linear to `entropy_coef_final` over `anneal_rounds`; f32[]."""
-    first, final = ((hypers or cfg).entropy_coef, (hypers or cfg).entropy_coef_final)
+    first, final = (hypers or cfg).entropy_coef, (hypers or cfg).entropy_coef_final
     progress = jnp.minimum(updates / cfg.anneal_rounds, 1.0) if cfg.anneal_rounds > 0 else jnp.float32(1)
     return first + progress * (final - first)
 
