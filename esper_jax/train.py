@@ -36,7 +36,7 @@ from esper_jax.control import baselines, heuristic, normalizers, policy, ppo
 from esper_jax.control.normalizers import RunningStatistics
 from esper_jax.devices import EACH, SAME
 from esper_jax.env import observation, reward
-from esper_jax.env.environment import StepInfo, make_env
+from esper_jax.env.environment import Grown, StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.network.blueprints import CNN
@@ -124,10 +124,10 @@ class Train(NamedTuple):
     compare: Callable  # (key, RunState, names of controllers) -> {name: Comparison}
     controllers: tuple[str, ...]
     dataset: data.Dataset
-    rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, EnvState)
+    rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, Grown [G, E])
     pay: Callable  # (Hypers, policies [G, E], Course, twin's losses [G, E, T]) -> RewardComponents
     learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
-    report: Callable  # (dataset, EnvState) -> Evaluation
+    report: Callable  # (dataset, Grown [G, E]) -> Evaluation
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
     keys: Callable  # (key, round number) -> key of its rollout, keys [P] of its updates
 
@@ -248,7 +248,7 @@ def make_train(
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))
             (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
-            return rows, state
+            return rows, Grown.of(state)
 
         return over_environments(episode, who, cfg.env_chunk)
 
@@ -299,8 +299,8 @@ def make_train(
         learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
         return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
 
-    def report(dataset, states, axis_name):
-        return over_environments(make_env(cfg, dataset).report, states, cfg.env_chunk)
+    def report(dataset, grown, axis_name):
+        return over_environments(make_env(cfg, dataset).report, grown, cfg.env_chunk)
 
     def each_policy(key):
         return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_policies))
@@ -390,9 +390,9 @@ def bind(
         for first in range(0, len(episodes), size):
             block = np.resize(episodes[first : first + size], (size, 3))
             who = Who(*(np.ascontiguousarray(column.reshape(shape)) for column in block.T))
-            rows, states = rollout(dataset, run, env_key, who)
-            counts = (states.germinated, states.fossilised, states.pruned, states.rollbacks)
-            result = jax.device_get(Comparison(rows, report(dataset, states), *counts))
+            rows, grown = rollout(dataset, run, env_key, who)
+            counts = (grown.germinated, grown.fossilised, grown.pruned, grown.rollbacks)
+            result = jax.device_get(Comparison(rows, report(dataset, grown), *counts))
             results.append((who, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
         if paired:

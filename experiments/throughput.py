@@ -285,12 +285,12 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     env_key, learn_keys = devices.replicate(train.keys(jax.random.key(5), run.round), mesh)
     who = round_of(brief, train.controllers)
     rollout = lambda: train.rollout(train.dataset, run, env_key, who)
-    rows, ends = rollout()
+    rows, _ = rollout()
     learn = lambda: train.learn(learn_keys, run, rows)
     twin_loss = jnp.broadcast_to(rows.info.val_loss[-1], rows.info.val_loss.shape)
     episodes = devices.split((who.policy, reward.Course.of(rows.info), twin_loss), mesh)
     pay = functools.partial(train.pay, run.hypers, *episodes)
-    runs = {"rollout": rollout, "learn": learn, "reward": pay} | _pieces(bench, ends)
+    runs = {"rollout": rollout, "learn": learn, "reward": pay} | _pieces(bench, mixture(bench, who.env.size))
 
     # batches and augmentation belong to the hosts' training; their share is told all the same
     def feed(dataset, keys, axis_name):
@@ -334,8 +334,8 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     yield emit("host_io_share", times["io"] / (whole + times["io"]), "share of wall time")
 
 
-def _pieces(bench: Bench, ends) -> dict[str, Callable]:
-    """Observation and masks of every decision of a round, each on its own; `ends` are states `[G, E]`."""
+def _pieces(bench: Bench, states) -> dict[str, Callable]:
+    """Observation and masks of every decision of a round, each on its own, for states `[environments]`."""
     cfg, horizon = bench.cfg, bench.cfg.training.epochs
     pieces = {
         "observation": lambda s: observation.encode(
@@ -343,8 +343,8 @@ def _pieces(bench: Bench, ends) -> dict[str, Callable]:
         ),
         "masks": lambda s: masks.legal(s.slots, cfg.lifecycle),
     }
-    small = ends.replace(model=None, optimiser=None, kept=None, governor=None, evaluation=None)
-    decisions = jax.tree.map(lambda leaf: jnp.repeat(leaf.reshape(-1, *leaf.shape[2:]), horizon, 0), small)
+    small = states.replace(model=None, optimiser=None, kept=None, governor=None, evaluation=None)
+    decisions = jax.tree.map(lambda leaf: jnp.repeat(leaf, horizon, 0), small)
     chunk, n_devices = bench.chunk(cfg.n_envs), bench.n_devices(cfg.n_envs)
     runs = {}
     for name, fun in pieces.items():

@@ -59,6 +59,22 @@ class EnvState:
 
 
 @struct.dataclass
+class Grown:
+    """What an episode leaves: the network, the records of its slots and what was done to them."""
+
+    model: Model
+    slots: SlotState
+    rollbacks: Array  # i32[] each, as in EnvState
+    germinated: Array
+    fossilised: Array
+    pruned: Array
+
+    @classmethod
+    def of(cls, state: EnvState) -> Grown:
+        return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
 class StepInfo:
     """What happened in one step, for telemetry. Raw measurements: losses may be non-finite here."""
 
@@ -106,7 +122,7 @@ class Env(NamedTuple):
     reset: Callable  # key -> (EnvState, Observation), first epoch done
     step: Callable  # (key, EnvState, Action) -> (EnvState, Observation, reward f32[], done bool[], StepInfo)
     observe: Callable  # EnvState -> Observation
-    report: Callable  # EnvState -> Evaluation on the report-test split
+    report: Callable  # Grown -> Evaluation on the report-test split
     n_slots: int
     n_features: int
 
@@ -436,7 +452,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         state, obs, *_ = step(step_key, init(host_key), Action())
         return state, obs
 
-    def report(state: EnvState) -> Evaluation:
-        return measure(state.model, state.slots, dataset.test)
+    def report(grown: Grown) -> Evaluation:
+        return measure(grown.model, grown.slots, dataset.test)
 
     return Env(init, reset, step, observe, report, n_slots, observation.size(n_slots))

@@ -17,7 +17,7 @@ import tiny
 from esper_jax.config import HostConfig
 from esper_jax.data import normalise
 from esper_jax.env import reward
-from esper_jax.env.environment import make_env
+from esper_jax.env.environment import Grown, make_env
 from esper_jax.lifecycle import stages
 from esper_jax.network import cnn, morphogenetic
 from esper_jax.types import BLUEPRINTS, STYLES, Action, AlphaMode, Op, PanicReason, Stage
@@ -225,7 +225,7 @@ def test_the_end_of_an_episode():
     last = steps[-1].info
     np.testing.assert_allclose(last.components.terminal, 0.05 * last.val_accuracy, rtol=1e-6)
     assert all(step.info.components.terminal == 0 for step in steps[:-1])
-    report = jax.eval_shape(tiny.env().report, steps[-1].state)
+    report = jax.eval_shape(tiny.env().report, Grown.of(steps[-1].state))
     assert report.table.shape == (4,) and report.per_class.shape == (3,)
 
 
