@@ -12,9 +12,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -37,7 +36,6 @@ from esper_jax import (
 from esper_jax.console import Console, round_note, text_table
 from esper_jax.control import baselines
 from esper_jax.network import cnn
-from esper_jax.startup_cache import StartupCache, cache_folder
 from esper_jax.train import LEARNED, RunState, Train, default_controllers
 from esper_jax.types import Controller
 
@@ -78,7 +76,6 @@ class Job(NamedTuple):
     cfg: Config
     out: Path
     console: Console
-    cache: StartupCache
     train: Train
     key: jax.Array
     run: RunState | None  # None before the first round
@@ -161,9 +158,8 @@ def prepare(options: Options, argv: list[str]) -> Job:
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
     if options.preset == "full" and jax.default_backend() == "cpu":
         warn("PRESET full IS MADE FOR A GPU, AND THIS IS A CPU: --preset quick takes minutes, this may take weeks")
-    cache = StartupCache(cache_folder(), console.say)
     with console.step("data", cfg.data.name) as said:
-        dataset = load_data(cfg, cache, warn)
+        dataset = data.load(cfg.data, announce=warn)
         card = provenance.run_card(cfg, dataset)
         images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
         said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
@@ -195,31 +191,16 @@ def prepare(options: Options, argv: list[str]) -> Job:
     }
     out.mkdir(parents=True, exist_ok=True)
     telemetry.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, cache, train, key, run, meta, card)
-
-
-def load_data(cfg: Config, cache: StartupCache, warn: Callable[[str], None]) -> data.Dataset:
-    """The data set. The synthetic one takes seconds to draw and follows from the source, so it is kept."""
-    if cfg.data.name != "shapes":
-        return data.load(cfg.data, announce=warn)
-    facts = {"source": compilation.source(), "versions": provenance.versions(), "data": asdict(cfg.data)}
-    drawn = cache.get("shapes", facts)
-    if drawn is None:
-        drawn = jax.device_get(data.load(cfg.data, announce=warn))
-        cache.put("shapes", facts, drawn)
-    return jax.device_put(drawn)
+    return Job(options, cfg, out, console, train, key, run, meta, card)
 
 
 def start(job: Job) -> Job:
-    """The job with its programs compiled and a run to go on with."""
-    with job.console.step("compile", "rollout, learn, report") as said, ThreadPoolExecutor(1) as beside:
-        first = (
-            beside.submit(compilation.first_run, job.train, job.cfg, job.key, job.cache) if job.run is None else None
-        )
+    """The job with its rollout compiled, the other programs on their way, and a run to go on with."""
+    with job.console.step("compile", "rollout; learn and report follow") as said, ThreadPoolExecutor(1) as beside:
+        first = beside.submit(job.train.init, job.key) if job.run is None else None
         note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
         cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
-        # every rule is of this package, except for a script
-        train = compilation.compile_ahead(job.train, cfg, job.key, note, job.cache, job.card["script"])
+        train = compilation.compile_ahead(job.train, cfg, job.key, note)
     return job._replace(train=train, run=first.result() if first else job.run)
 
 
@@ -292,8 +273,7 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
-    # programs are kept in a quicker way, and one that came out of JAX's own cache cannot be kept again
-    jax.config.update("jax_enable_compilation_cache", False)
+    compilation.keep_programs(compilation.cache_folder())
     # the call stack of every instruction is a fifth of a kept program
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     try:

@@ -52,9 +52,8 @@ def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
     meta = {"config": provenance.computed(cfg), "data": "tiny"}
     options = cifar.Options("smoke", config=cfg)
     return cifar.Job(
-        options, cfg, out, Console(file=io.StringIO()), tiny_run.cache(), tiny_run.result().train, tiny_run.KEY(),
-        start, meta, card,
-    )  # fmt: skip
+        options, cfg, out, Console(file=io.StringIO()), tiny_run.result().train, tiny_run.KEY(), start, meta, card
+    )
 
 
 def test_compiling_ahead_compiles_everything():

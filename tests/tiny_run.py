@@ -3,12 +3,9 @@
 Compiled without optimisation, which takes a fraction of the time.
 """
 
-import atexit
 import contextlib
 import functools
-import shutil
-import tempfile
-from pathlib import Path
+import threading
 from typing import NamedTuple
 
 import jax
@@ -16,7 +13,6 @@ import tiny
 
 from esper_jax import compilation, make_train, telemetry
 from esper_jax.control import baselines
-from esper_jax.startup_cache import StartupCache
 from esper_jax.train import Train
 
 CONFIG = tiny.CONFIG.replace(
@@ -51,14 +47,6 @@ def train():
     return make_train(CONFIG, tiny.dataset(), rules)
 
 
-@functools.cache
-def cache():
-    """Where `result` leaves its programs."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return StartupCache(Path(folder))
-
-
 KEY = functools.cache(lambda: jax.random.key(0))
 
 
@@ -91,7 +79,10 @@ def compilations():
 def result() -> Result:
     with unoptimised():
         with compilations() as ahead:
-            compiled = compilation.compile_ahead(train(), CONFIG, KEY(), cache=cache())
+            ready = threading.Semaphore(0)
+            compiled = compilation.compile_ahead(train(), CONFIG, KEY(), lambda name, seconds: ready.release())
+            for _ in ("keys", "rollout", "learn", "report", "pay"):
+                assert ready.acquire(timeout=600)
             states, rounds = [compiled.init(KEY())], []  # as the main job does, before the first round
         with compilations() as later:
             for _ in range(CONFIG.rounds):
