@@ -30,21 +30,21 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from esper_jax import data, devices
+from esper_jax import data
 from esper_jax.config import Config
-from esper_jax.control import baselines, heuristic, normalizers, policy, ppo
+from esper_jax.control import baselines, normalizers, policy, ppo
+from esper_jax.control.arms import choose, default_controllers
 from esper_jax.control.normalizers import RunningStatistics
-from esper_jax.devices import EACH, SAME
+from esper_jax.enums import BASELINE, GREEDY, LEARNED, POLICY
 from esper_jax.env import observation, reward
 from esper_jax.env.environment import Grown, StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardComponents, RewardWeights
-from esper_jax.network.blueprints import CNN
+from esper_jax.run import devices
+from esper_jax.run.devices import EACH, SAME
 from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Controller, Masks
 
-BASELINE, POLICY, GREEDY = "never", "policy", "policy_greedy"
-LEARNED = (POLICY, GREEDY)
 # What a run's key is folded with, before the number of the policy, or those of the round and the environment.
 INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
 
@@ -141,42 +141,6 @@ class Who(NamedTuple):
     controller: np.ndarray  # its number
     policy: np.ndarray  # whose parameters and hypers
     env: np.ndarray  # its number
-
-
-def default_controllers(cfg: Config) -> dict[str, Controller]:
-    """The rules that a learned policy has to beat, with the blueprints that the configuration offers."""
-    offered = [name for name in cfg.lifecycle.blueprints if name != "noop"]
-    largest = [max(offered, key=lambda name: CNN[name].param_count(width)) for width in cfg.host.slot_widths]
-    rotation = tuple(name for name in heuristic.HeuristicConfig().rotation if name in offered)
-    regular = "conv_light" if "conv_light" in offered else largest[-1]
-    return {
-        BASELINE: baselines.never(),
-        "random": baselines.random(),
-        "eager": baselines.eager(largest, lifecycle=cfg.lifecycle),
-        "periodic": baselines.periodic(blueprint=regular, lifecycle=cfg.lifecycle),
-        "heuristic": heuristic.make_controller(
-            heuristic.HeuristicConfig(rotation=rotation or (largest[-1],), available=tuple(offered))
-        ),
-    }
-
-
-def choose(controllers: list[Controller], number: Array) -> Controller:
-    """One controller out of a list, by a traced number: `lax.switch` over their `act`s, with all their carries."""
-
-    def init(key):
-        return tuple(controller.init(key) for controller in controllers)
-
-    def act(key, carries, obs):
-        def branch(i):
-            def run():
-                carry, action, extras = controllers[i].act(key, carries[i], obs)
-                return (*carries[:i], carry, *carries[i + 1 :]), action, extras
-
-            return run
-
-        return lax.switch(number, [branch(i) for i in range(len(controllers))])
-
-    return Controller(init, act)
 
 
 def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:

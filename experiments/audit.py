@@ -20,12 +20,15 @@ import jax
 import numpy as np
 import tyro
 
-from esper_jax import Config, checkpoint, compilation, data, make_train, provenance
+from esper_jax import Config, data, make_train
 from esper_jax.config import RewardConfig
-from esper_jax.console import Console, text_table
-from esper_jax.statistics import eta_squared, rank_correlation, signed
-from esper_jax.train import BASELINE, Comparison
-from experiments.cifar import controllers
+from esper_jax.control.arms import controllers
+from esper_jax.enums import BASELINE
+from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
+from esper_jax.evidence.tables import text_table
+from esper_jax.run import checkpoint, compilation, provenance
+from esper_jax.run.console import Console
+from esper_jax.train import Comparison
 
 PROGRAM = "python -m experiments.audit"
 MODES = get_args(get_type_hints(RewardConfig)["mode"])

@@ -9,12 +9,13 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax import devices
 from esper_jax.config import PPOConfig
 from esper_jax.control import baselines
-from esper_jax.devices import EACH, SAME
+from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.env.reward import Course
-from esper_jax.train import BASELINE, LEARNED, Who, bind, make_train, round_of
+from esper_jax.run import devices
+from esper_jax.run.devices import EACH, SAME
+from esper_jax.train import Who, bind, make_train, round_of
 from esper_jax.types import Op
 
 P, T, E = 2, 12, 8

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import tiny
 
-from esper_jax import compilation, make_train, telemetry
+from esper_jax import make_train
 from esper_jax.control import baselines
+from esper_jax.run import compilation, records
 from esper_jax.train import Train
 
 CONFIG = tiny.CONFIG.replace(
@@ -88,6 +89,6 @@ def result() -> Result:
             for _ in range(CONFIG.rounds):
                 state, metrics = compiled.update(KEY(), states[-1])
                 states.append(state)
-                rounds.append(telemetry.round_arrays(metrics))
+                rounds.append(records.round_arrays(metrics))
             arms = compiled.compare(KEY(), states[-1], ARMS)
-    return Result(states, rounds, telemetry.arm_arrays(arms), ahead, later, compiled)
+    return Result(states, rounds, records.arm_arrays(arms), ahead, later, compiled)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from esper_jax.devices import mean_over_devices
+from esper_jax.run.devices import mean_over_devices
 from esper_jax.trees import select
 from esper_jax.types import Array
 

@@ -16,7 +16,7 @@ from flax import struct
 
 from esper_jax.config import PPOConfig
 from esper_jax.control import policy
-from esper_jax.devices import mean_over_devices
+from esper_jax.run.devices import mean_over_devices
 from esper_jax.trees import select
 from esper_jax.types import HEADS, Action, Array, Masks, Op
 

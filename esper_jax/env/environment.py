@@ -22,14 +22,15 @@ from jax import lax
 
 from esper_jax.config import Config
 from esper_jax.data import Dataset, epoch_batches, normalise, train_batch
-from esper_jax.env import attribution, evaluation, governor, observation, reward, tracker, training
+from esper_jax.env import attribution, evaluation, governor, host_training, observation, reward, tracker
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.governor import GovernorState, Snapshot
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.env.tracker import TrackerState
 from esper_jax.lifecycle import masks, operations, stages
-from esper_jax.network import cnn, morphogenetic, seed_bank, slots
-from esper_jax.network.morphogenetic import Model
+from esper_jax.network import blend, cnn, seed_bank
+from esper_jax.network import model as networks
+from esper_jax.network.model import Model
 from esper_jax.trees import select, strong
 from esper_jax.types import Action, Array, Observation, Op, Signals, SlotState, Stage
 
@@ -40,7 +41,7 @@ class EnvState:
 
     epoch: Array  # i32[] epochs trained; 0 is newborn
     model: Model
-    optimiser: training.OptimiserState
+    optimiser: host_training.OptimiserState
     slots: SlotState
     governor: GovernorState
     kept: Snapshot  # last good state
@@ -161,7 +162,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         """i32[S]: parameters of the seed in each slot, with its gate."""
         number = seed_bank.kind_of(state.blueprint, offered)
         sizes = [
-            jnp.asarray(seed_bank.param_counts(kinds, w))[number[s]] + slots.gate_size(w) * state.has_gate[s]
+            jnp.asarray(seed_bank.param_counts(kinds, w))[number[s]] + blend.gate_size(w) * state.has_gate[s]
             for s, w in enumerate(cfg.host.slot_widths)
         ]
         return jnp.where(stages.is_active(state.stage), jnp.stack(sizes), 0)
@@ -169,13 +170,13 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
     def sizes(state: EnvState) -> tuple[Array, Array]:
         """f32[] twice: parameters with the seeds that are blended in, and with the fossils, relative to the host's."""
         added, host = seed_params(state.slots), cnn.param_count(state.model.host)
-        live = morphogenetic.live_slots(state.model, state.slots)
+        live = networks.live_slots(state.model, state.slots)
         fossil = state.slots.stage == Stage.FOSSILIZED
         relative = lambda there: 1.0 + jnp.where(there, added, 0).sum() / host
         return relative(live), relative(fossil)
 
     def init(key: Array) -> EnvState:
-        model = morphogenetic.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
+        model = networks.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
         state = stages.empty(n_slots)
         watch = tracker.init(cfg.tracker)
         guess = 100.0 / classes
@@ -197,7 +198,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         newborn = EnvState(
             epoch=none,
             model=model,
-            optimiser=training.init(model, cfg.training),
+            optimiser=host_training.init(model, cfg.training),
             slots=state,
             governor=governor.init(cfg.governor),
             kept=governor.snapshot(model, state),
@@ -235,10 +236,10 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
             fresh = seed_bank.germinate(seed_key, kinds, w, number)
             params = jnp.where(outcome.germinated[s], fresh, seed.params)
-            gate = jnp.where(outcome.gate_created[s], slots.gate_init(gate_key, w), seed.gate)
+            gate = jnp.where(outcome.gate_created[s], blend.gate_init(gate_key, w), seed.gate)
             seeds.append(seed.replace(params=params, gate=gate))
         model = state.model.replace(seeds=tuple(seeds))
-        optimiser = training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
+        optimiser = host_training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
         # a seed's weights were validated just before it was fossilised: keep them as they are now
         kept = lax.cond(
             outcome.op == Op.FOSSILIZE,
@@ -259,12 +260,12 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         indices = epoch_batches(order_key, train_size, t.batches_per_epoch, t.batch_size)
         keys = jax.random.split(augment_key, t.batches_per_epoch)
         fetch = lambda batch: train_batch(batch[0], dataset, batch[1])
-        model, optimiser, metrics = training.train_epoch(
+        model, optimiser, metrics = host_training.train_epoch(
             state.model, state.optimiser, state.slots, (keys, indices), fetch, t
         )
         host_params = cnn.param_count(model.host)
         state = state.replace(model=model, optimiser=optimiser, epoch=state.epoch + 1)
-        return state.replace(slots=training.record_gradients(state.slots, metrics, host_params)), metrics
+        return state.replace(slots=host_training.record_gradients(state.slots, metrics, host_params)), metrics
 
     def judge(state: EnvState, measured: Evaluation, new_fossil: Array):
         """The governor's verdict and its consequences."""
@@ -283,7 +284,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
             kept=kept,
             model=model,
             slots=restored,
-            optimiser=training.reset_momentum(state.optimiser, nobody, nobody, everything=verdict.panic),
+            optimiser=host_training.reset_momentum(state.optimiser, nobody, nobody, everything=verdict.panic),
             rollbacks=state.rollbacks + verdict.panic,
         )
         return state, verdict
@@ -387,7 +388,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         state, outcome = act(germination_key, state, action)
         acted = state.slots
         state, metrics = train(train_key, state)
-        live = morphogenetic.live_slots(state.model, state.slots)
+        live = networks.live_slots(state.model, state.slots)
         measured = measure(state.model, state.slots, dataset.validation)
         worth = attribution.attribute(measured.table, configurations, live)
         blended, committed = sizes(state)

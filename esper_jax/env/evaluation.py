@@ -14,8 +14,9 @@ from flax import struct
 from jax import lax
 
 from esper_jax.env import attribution
-from esper_jax.network import layers, morphogenetic
-from esper_jax.network.morphogenetic import Model
+from esper_jax.network import layers
+from esper_jax.network import model as networks
+from esper_jax.network.model import Model
 from esper_jax.types import Array, SlotState, Stage
 
 
@@ -49,12 +50,12 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
     weights = jnp.asarray(index < total, jnp.float32)
     index = jnp.asarray(np.minimum(index, total - 1))
 
-    live, fossil = morphogenetic.live_slots(model, state), state.stage == Stage.FOSSILIZED
+    live, fossil = networks.live_slots(model, state), state.stage == Stage.FOSSILIZED
     if n_slots <= attribution.MAX_TABLE_SLOTS:
-        position, count = morphogenetic.distinct_configurations(live)
+        position, count = networks.distinct_configurations(live)
         main, kept = count - 1, attribution.committed(position, fossil)
         rows = 2**n_slots
-        measure = lambda tile: morphogenetic.forward_all_configurations(model, state, tile)
+        measure = lambda tile: networks.forward_all_configurations(model, state, tile)
     else:
         on = jnp.concatenate([jnp.asarray(attribution.configurations(n_slots)), fossil[None]])
         main, rows = 0, on.shape[0]
@@ -97,6 +98,6 @@ def _forward_listed(model: Model, state: SlotState, tile: Array, on: Array, live
 
     def one(pattern):
         override = jnp.where(live & ~pattern, 0.0, jnp.nan)
-        return morphogenetic.forward(model, state, x, override)[0]
+        return networks.forward(model, state, x, override)[0]
 
     return lax.map(one, on)

@@ -19,7 +19,8 @@ from esper_jax.data import normalise
 from esper_jax.env import reward
 from esper_jax.env.environment import Grown, make_env
 from esper_jax.lifecycle import stages
-from esper_jax.network import cnn, morphogenetic
+from esper_jax.network import cnn
+from esper_jax.network import model as networks
 from esper_jax.types import BLUEPRINTS, STYLES, Action, AlphaMode, Op, PanicReason, Stage
 
 S = Stage
@@ -126,7 +127,7 @@ def _validation_loss():
 
     def measure(model, state, override):
         split = tiny.dataset().validation
-        logits, _ = morphogenetic.forward(model, state, normalise(tiny.dataset(), split.images), override)
+        logits, _ = networks.forward(model, state, normalise(tiny.dataset(), split.images), override)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
         return loss, 100 * (logits.argmax(-1) == split.labels).mean()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esper_jax import types
-from esper_jax.network import blueprints, layers, seed_bank, slots
+from esper_jax.network import blend, blueprints, layers, seed_bank
 from esper_jax.network.blueprints import Blueprint
 
 MODULES = tuple(name for name in blueprints.CNN if name != "noop")
@@ -64,13 +64,13 @@ def _slot_gradient():
     h, target = features(2, WIDTH, 4, 4, 6)[None], features(3, WIDTH, 4, 4, 6)[None]
 
     def loss(seed, kind, mode):
-        control = slots.Controls(kind, mode, jnp.float32(ALPHA), jnp.array(True))
-        return jnp.square(slots.apply_slot(control, seed, h) - target).mean()
+        control = blend.Controls(kind, mode, jnp.float32(ALPHA), jnp.array(True))
+        return jnp.square(blend.apply_slot(control, seed, h) - target).mean()
 
     def born(key, kind):
         kinds = seed_bank.table(MODULES)
-        gate = slots.gate_init(key, WIDTH)
-        return slots.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, MODULES)
+        gate = blend.gate_init(key, WIDTH)
+        return blend.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, MODULES)
 
     return jax.jit(born), jax.jit(jax.grad(loss))
 
@@ -80,7 +80,7 @@ def _slot_gradient():
 def test_every_tensor_learns(name, mode):
     """Two SGD steps from birth give every parameter tensor, and the gate's, a non-zero gradient, whatever the style: in
     TRAINING all styles are straight-through, and further on each has its own operator."""
-    mode = getattr(slots, mode)
+    mode = getattr(blend, mode)
     kind = jnp.int32(1 + MODULES.index(name))
     born, gradient = _slot_gradient()
     seed = born(jax.random.key(4), kind)
@@ -95,7 +95,7 @@ def test_every_tensor_learns(name, mode):
         seed = jax.tree.map(lambda p, g: p - STEP * g, seed, grads)
     assert all(value > 0 for value in moved.values()), moved
     # an identity (norm, bottleneck) leaves the gate nothing to weigh until it has moved
-    assert (gate_moved > 0) == (mode == slots.GATE)
+    assert (gate_moved > 0) == (mode == blend.GATE)
     used = blueprints.CNN[name].param_count(WIDTH)
     np.testing.assert_array_equal(grads.params[used:], 0)
 
@@ -125,9 +125,9 @@ def test_register(registry):
     # a slot with an ordinary module and the new one: 1.0 * x is the identity, 2.0 * x is not
     h = features(5, 8, 2, 2, 3)[None]
     vector = jnp.full(seed_bank.packed_size(kinds, 8), 2.0)
-    seed = slots.SeedVars(vector, jnp.zeros(slots.gate_size(8)), 8, ("norm", "scale"))
-    control = slots.Controls(jnp.int32(2), jnp.int32(slots.ADD), jnp.float32(1), jnp.array(False))
-    np.testing.assert_array_equal(slots.apply_slot(control, seed, h), 2 * h)
+    seed = blend.SeedVars(vector, jnp.zeros(blend.gate_size(8)), 8, ("norm", "scale"))
+    control = blend.Controls(jnp.int32(2), jnp.int32(blend.ADD), jnp.float32(1), jnp.array(False))
+    np.testing.assert_array_equal(blend.apply_slot(control, seed, h), 2 * h)
 
 
 def test_register_refuses(registry):

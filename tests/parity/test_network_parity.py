@@ -9,10 +9,11 @@ import numpy as np
 import torch_layout as torch
 
 from esper_jax.config import HostConfig
-from esper_jax.env import attribution, evaluation, training
-from esper_jax.network import blueprints, cnn, morphogenetic, slots
+from esper_jax.env import attribution, evaluation, host_training
+from esper_jax.network import blend, blueprints, cnn
+from esper_jax.network import model as networks
 from esper_jax.network.layers import from_tiles
-from esper_jax.network.morphogenetic import Model
+from esper_jax.network.model import Model
 from esper_jax.types import BLUEPRINTS
 
 
@@ -31,7 +32,7 @@ def _run_host(vars, x, labels, train):
     # at most two images in a tile: statistics and gradients span the tiles
     tile_pixels = 2 * x.shape[1] * x.shape[2]
     logits, new = cnn.apply(vars, x, train=train, slots=functions, tile_pixels=tile_pixels)
-    return training.loss_and_accuracy(logits, labels)[0], (logits, new.stats, boundaries)
+    return host_training.loss_and_accuracy(logits, labels)[0], (logits, new.stats, boundaries)
 
 
 @golden.each_case("cnn_host")
@@ -106,7 +107,7 @@ def test_parameter_counts(case):
 def _slot_vjp():
     def run(control, seed, h, g):
         to_tiles = lambda images: images.transpose(3, 1, 2, 0)[None]
-        y, pullback = jax.vjp(lambda seed, h: from_tiles(slots.apply_slot(control, seed, to_tiles(h))), seed, h)
+        y, pullback = jax.vjp(lambda seed, h: from_tiles(blend.apply_slot(control, seed, to_tiles(h))), seed, h)
         return y, *pullback(g)
 
     return jax.jit(run)
@@ -119,9 +120,9 @@ def test_slot(case):
     width, blueprint = int(meta["width"]), torch.blueprint_of(given)
     columns = (meta["stage"], BLUEPRINTS.index(blueprint), meta["algorithm"], meta["alpha"], meta["isolate_gradients"])
     state = torch.slot_state(*([value] for value in columns))
-    control = jax.tree.map(lambda leaf: leaf[0], slots.controls(state, (blueprint,)))
+    control = jax.tree.map(lambda leaf: leaf[0], blend.controls(state, (blueprint,)))
     seed = torch.seed_vars(blueprint, given, golden.sub(case, "gate"), width, (blueprint,))
-    hidden = int(meta["gate_hidden"]) or slots.gate_hidden(width)
+    hidden = int(meta["gate_hidden"]) or blend.gate_hidden(width)
     assert seed.gate.size == width * hidden + 2 * hidden + 1
 
     h, g = torch.images(case["h"]), torch.images(case["g"])
@@ -159,8 +160,8 @@ def _fused(case):
 @functools.cache
 def _fused_forward():
     def run(model, state, x, labels, alpha):
-        logits = morphogenetic.forward(model, state, x, alpha)[0]
-        return logits, *training.loss_and_accuracy(logits, labels)
+        logits = networks.forward(model, state, x, alpha)[0]
+        return logits, *host_training.loss_and_accuracy(logits, labels)
 
     return jax.jit(run)
 

@@ -12,10 +12,11 @@ import torch_layout as torch
 from tiny import compiled
 
 from esper_jax.config import HostConfig, TrainingConfig
-from esper_jax.env import evaluation, training
+from esper_jax.env import evaluation, host_training
 from esper_jax.lifecycle import stages
-from esper_jax.network import blueprints, cnn, morphogenetic, seed_bank
-from esper_jax.network.morphogenetic import Model
+from esper_jax.network import blueprints, cnn, seed_bank
+from esper_jax.network import model as networks
+from esper_jax.network.model import Model
 from esper_jax.types import BLUEPRINTS, Stage
 
 INCUBATOR = 1
@@ -81,8 +82,8 @@ def _config(meta) -> TrainingConfig:
 def _epoch(cfg):
     def run(model, state, batches):
         fetch = lambda batch: batch
-        model, _, metrics = training.train_epoch(model, training.init(model, cfg), state, batches, fetch, cfg)
-        return model, metrics, training.record_gradients(state, metrics, cnn.param_count(model.host)).metrics
+        model, _, metrics = host_training.train_epoch(model, host_training.init(model, cfg), state, batches, fetch, cfg)
+        return model, metrics, host_training.record_gradients(state, metrics, cnn.param_count(model.host)).metrics
 
     return jax.jit(run)
 
@@ -167,7 +168,7 @@ def test_sgd(case, group):
     lr, momentum, decay = float(of["lr"]), float(of["momentum"]), float(of["host_weight_decay"])
     assert of["seed_weight_decay"] == 0  # a seed has none here
     cfg = TrainingConfig(host_lr=lr, seed_lr=lr, momentum=momentum, host_weight_decay=decay, clip_norm=limit)
-    optimiser = {"host": training.host_optimiser, "seed": training.seed_optimiser}[group](cfg)
+    optimiser = {"host": host_training.host_optimiser, "seed": host_training.seed_optimiser}[group](cfg)
     present_in_steps = case["grad_present"][:, ["host", "seed"].index(group)].astype(bool)
 
     params = {name: jnp.asarray(value) for name, value in golden.sub(case, f"{group}/start").items()}
@@ -179,7 +180,7 @@ def test_sgd(case, group):
         norm = optax.tree.norm(grads)
         expected = case["grad_norm_before_clip"][step, ["host", "seed"].index(group)]
         golden.close(norm, expected, f"{group} norm", atol=1e-5)
-        factor = training.clip_factor(norm, limit)
+        factor = host_training.clip_factor(norm, limit)
         clipped = {name: factor * g for name, g in grads.items()}
         updates, new_state = optimiser.update(clipped, state, params)
         new_params = optax.apply_updates(params, updates)
@@ -210,7 +211,7 @@ def _batch():
 
     def draw(key):
         host_key, seed_key, x_key, y_key = jax.random.split(key, 4)
-        model = morphogenetic.init(host_key, HOST, blueprints=(BLUEPRINT,), classes=CLASSES)
+        model = networks.init(host_key, HOST, blueprints=(BLUEPRINT,), classes=CLASSES)
         seed = model.seeds[0]
         drawn = blueprints.CNN[BLUEPRINT].init(seed_key, seed.width)
         model = model.replace(seeds=(seed.replace(params=seed_bank.pack(drawn, seed.params.size)),))
@@ -218,13 +219,13 @@ def _batch():
         return model, x, jax.random.randint(y_key, (BATCH,), 0, CLASSES)
 
     cfg = TrainingConfig(batch_size=BATCH, clip_norm=CLIP, tile_pixels=0)
-    run = lambda model, momentum, state, x, y: training.train_batch(model, momentum, state, x, y, cfg)
+    run = lambda model, momentum, state, x, y: host_training.train_batch(model, momentum, state, x, y, cfg)
     return *compiled(draw)(jax.random.key(0)), compiled(run), cfg
 
 
 def _one_batch(state, momentum=0.0):
     model, x, labels, run, cfg = _batch()
-    start = jax.tree.map(lambda leaf: jnp.full_like(leaf, momentum), training.init(model, cfg))
+    start = jax.tree.map(lambda leaf: jnp.full_like(leaf, momentum), host_training.init(model, cfg))
     return model, start, run(model, start, state, x, labels)
 
 

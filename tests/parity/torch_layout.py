@@ -10,7 +10,7 @@ import numpy as np
 
 from esper_jax.config import HostConfig
 from esper_jax.lifecycle import stages
-from esper_jax.network import blueprints, seed_bank, slots
+from esper_jax.network import blend, blueprints, seed_bank
 from esper_jax.network.cnn import Block, HostParams, HostVars, Statistics
 
 _norm = {"scale": "gn.weight", "bias": "gn.bias"}
@@ -98,15 +98,15 @@ def packed_gate(given: dict[str, np.ndarray], absent_size: int) -> jax.Array:
     return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)) for leaf in flat])
 
 
-def seed_vars(blueprint: str, seed: dict, gate: dict, width: int, names: tuple[str, ...]) -> slots.SeedVars:
+def seed_vars(blueprint: str, seed: dict, gate: dict, width: int, names: tuple[str, ...]) -> blend.SeedVars:
     """One slot that can hold the named kinds, with a seed of the reference in it."""
     size = seed_bank.packed_size(seed_bank.table(names), width)
-    return slots.SeedVars(
-        packed_seed(blueprint, seed, size), packed_gate(gate, slots.gate_size(width)), width, tuple(names)
+    return blend.SeedVars(
+        packed_seed(blueprint, seed, size), packed_gate(gate, blend.gate_size(width)), width, tuple(names)
     )
 
 
-def unpacked(vars: slots.SeedVars, blueprint: str) -> dict[str, dict[str, jax.Array]]:
+def unpacked(vars: blend.SeedVars, blueprint: str) -> dict[str, dict[str, jax.Array]]:
     """The arrays in both vectors of a slot, so that each is compared by its own size."""
     hidden = (vars.gate.size - 1) // (vars.width + 2)
     gate = jnp.split(vars.gate, np.cumsum([vars.width * hidden, hidden, hidden]))

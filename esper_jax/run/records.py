@@ -25,7 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_jax.train import LEARNED, Comparison, Metrics, Rollout
+from esper_jax.enums import LEARNED
+from esper_jax.train import Comparison, Metrics, Rollout
 from esper_jax.types import BLUEPRINTS, Op, PanicReason, Stage
 
 # The mask that says which entries of a field were measured; a field not listed always is.

@@ -14,8 +14,8 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax import checkpoint, telemetry
-from esper_jax.checkpoint import CheckpointError
+from esper_jax.run import checkpoint, records
+from esper_jax.run.checkpoint import CheckpointError
 
 META = {"config": {"lr": 0.1, "names": ["a", "b"]}, "data": "tiny"}
 
@@ -162,16 +162,16 @@ def test_keys_are_refused(tmp_path):
 
 def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
     whole = tiny_run.result()
-    log = telemetry.RoundLog(tmp_path / "rounds")
+    log = records.RoundLog(tmp_path / "rounds")
     log.write(0, whole.rounds[0])
     checkpoint.save(tmp_path, 1, whole.states[1], META)
     log.write(1, whole.rounds[0])  # of a round that was not checkpointed: wrong, and to be done again
 
     run, done = checkpoint.restore(tmp_path, whole.states[0], META)
-    log = telemetry.RoundLog(tmp_path / "rounds", done)
+    log = records.RoundLog(tmp_path / "rounds", done)
     with tiny_run.unoptimised():
         run, metrics = tiny_run.train().update(tiny_run.KEY(), run)
-    log.write(done, telemetry.round_arrays(metrics))
+    log.write(done, records.round_arrays(metrics))
     assert tiny.equal(run, whole.states[2])
     resumed = log.stacked()
     for name, array in resumed.items():

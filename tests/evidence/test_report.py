@@ -9,9 +9,10 @@ import pytest
 import tiny_run
 from scipy import stats
 
-from esper_jax import plots, report
-from esper_jax.console import Console, round_note, text_table
-from esper_jax.statistics import crossed_interval, mean_interval, signed, verdict
+from esper_jax.evidence import figures, report, tables
+from esper_jax.evidence.statistics import crossed_interval, mean_interval, signed, verdict
+from esper_jax.evidence.tables import text_table
+from esper_jax.run.console import Console, round_note
 from esper_jax.types import Stage
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -121,17 +122,17 @@ def test_interval_covers_other_policies_and_environments(policies, deviations, m
 
 def test_verdict_claims_what_the_intervals_show():
     arrays = run_arrays()
-    claim = report.sentence(arrays, "cifar10")
+    claim = tables.sentence(arrays, "cifar10")
     assert len(re.findall(r"\.(?!\d)", claim)) == 1 and claim.endswith(".")  # one sentence
     assert re.search(r"better than never: eager \(\+3\.\d\d \[.*\]\), policy \(\+1\.", claim)
     assert "nothing may be claimed about random against never" in claim
     assert re.search(r"; policy is better than random", claim) and re.search(r"; policy is worse than eager", claim)
     assert "by report-test accuracy of what was kept of 6 environments per arm" in claim and "CIFAR-10" not in claim
-    assert "nothing may be claimed about CIFAR-10" in report.sentence(arrays, "shapes")
+    assert "nothing may be claimed about CIFAR-10" in tables.sentence(arrays, "shapes")
 
 
 def test_verdict_on_training_needs_several_policies():
-    alone, two = (report.sentence(run_arrays(policies=n), "cifar10") for n in (1, 2))
+    alone, two = (tables.sentence(run_arrays(policies=n), "cifar10") for n in (1, 2))
     said = "one policy was trained, so nothing may be claimed about how training varies"
     assert said in alone and "trained from" not in alone
     assert "and 2 policies trained from different seeds" in two and "one policy" not in two
@@ -175,7 +176,7 @@ def test_verdict_without_enough_environments_claims_nothing():
 
 
 def test_table():
-    rows = {row[0]: dict(zip(report.COLUMNS, row, strict=True)) for row in report.table(run_arrays())}
+    rows = {row[0]: dict(zip(tables.COLUMNS, row, strict=True)) for row in tables.table(run_arrays())}
     assert list(rows) == list(ARMS)
     assert rows["never"]["minus never"] == "-" and rows["never"]["params"] == "x1.00"
     assert rows["eager"]["minus never"].endswith("*") and rows["eager"]["params"] == "x2.50"
@@ -187,20 +188,20 @@ def test_table():
         here = arrays["arms/names"] == arm
         assert row["test %"] == f"{arrays['arms/test_committed'][here].mean():.2f}"  # what was kept comes first
         assert row["final %"] == f"{arrays['arms/test_accuracy'][here].mean():.2f}"
-    assert report.COLUMNS.index("test %") < report.COLUMNS.index("final %")
+    assert tables.COLUMNS.index("test %") < tables.COLUMNS.index("final %")
     # 3 points are 0.06 nats here
     assert rows["eager"]["minus never"].startswith("+3.") and rows["eager"]["loss - never"].startswith("-0.06 ±")
-    text = text_table(report.COLUMNS, report.table(run_arrays())).splitlines()
+    text = text_table(tables.COLUMNS, tables.table(run_arrays())).splitlines()
     assert max(map(len, text)) <= 79
     assert len(text) == 5 and text[0].startswith("arm") and len({line.rindex(" ") for line in text[1:]}) == 1
 
 
 def test_table_of_one_environment_has_no_intervals():
-    for row in report.table(run_arrays(envs=1)):
+    for row in tables.table(run_arrays(envs=1)):
         assert not re.search(r"±|\*|nan", " ".join(row))
 
 
-@pytest.mark.parametrize("draw", [plots.grown, plots.curves, plots.seeds, plots.learning])
+@pytest.mark.parametrize("draw", [figures.grown, figures.curves, figures.seeds, figures.learning])
 @pytest.mark.parametrize(("envs", "policies"), [(1, 2), (6, 1), (6, 3)])
 def test_pictures(tmp_path, draw, envs, policies):
     caption = draw(tmp_path / "x.png", run_arrays(envs=envs, policies=policies), "shapes")
@@ -210,19 +211,19 @@ def test_pictures(tmp_path, draw, envs, policies):
 def test_a_run_that_kept_nothing_can_be_drawn(tmp_path):
     arrays = run_arrays()
     arrays["arms/stage"][:] = Stage.DORMANT
-    plots.grown(tmp_path / "x.png", arrays, "shapes")
+    figures.grown(tmp_path / "x.png", arrays, "shapes")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
 
 
 def test_pictures_of_a_real_run(tmp_path):
-    for draw in (plots.grown, plots.curves, plots.seeds):
+    for draw in (figures.grown, figures.curves, figures.seeds):
         draw(tmp_path / "x.png", tiny_run.result().metrics, "tiny")
 
 
 def test_page_is_self_contained_and_escaped(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG + b"picture")
     card = {"data": {"name": "shapes"}, "command": "--out '<b>&'"}
-    rows = report.table(run_arrays())
+    rows = tables.table(run_arrays())
     page = report.page("a <title>", rows, "x < y.", {tmp_path / "a.png": "a & b"}, card)
     assert base64.b64encode(PNG + b"picture").decode() in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page and "<script" not in page
@@ -266,4 +267,4 @@ def test_round_note_has_the_numbers():
 
 
 def test_every_stage_can_be_drawn():
-    assert set(plots.STAGE_COLOURS) == set(Stage) - {Stage.UNKNOWN, Stage.DORMANT}
+    assert set(figures.STAGE_COLOURS) == set(Stage) - {Stage.UNKNOWN, Stage.DORMANT}

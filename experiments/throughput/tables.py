@@ -40,21 +40,23 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from esper_jax import checkpoint, compilation, data, devices, make_train, presets, telemetry
+from esper_jax import data, make_train, presets
 from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
-from esper_jax.devices import EACH, SAME
-from esper_jax.env import attribution, evaluation, observation, reward, training
+from esper_jax.control.arms import default_controllers
+from esper_jax.env import attribution, evaluation, host_training, observation, reward
+from esper_jax.evidence.statistics import mean_interval
 from esper_jax.lifecycle import masks
-from esper_jax.network import cnn, layers, morphogenetic
-from esper_jax.statistics import mean_interval
-from esper_jax.train import Metrics, default_controllers, over_environments, round_of
-from experiments import roofline
-from experiments.bench import (
+from esper_jax.network import cnn, layers
+from esper_jax.network import model as networks
+from esper_jax.run import checkpoint, compilation, devices, records
+from esper_jax.run.devices import EACH, SAME
+from esper_jax.train import Metrics, over_environments, round_of
+from experiments.throughput import roofline
+from experiments.throughput.bench import (
     CLASSES,
     Bench,
     Row,
@@ -234,7 +236,7 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
     def correct(env, dataset, alpha):
         split = dataset.validation
         x = data.normalise(dataset, split.images).astype(dtype)
-        logits, _ = morphogenetic.forward(*env, x, alpha, tile_pixels=tile_pixels)
+        logits, _ = networks.forward(*env, x, alpha, tile_pixels=tile_pixels)
         return (logits.argmax(-1) == split.labels).sum()
 
     def forward(dataset, models, records, alpha, axis_name):
@@ -311,12 +313,12 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     runs["feed"] = build(feed, bench.n_devices(sample), (SAME, EACH), *args[:2]).bind(*args[:2])
 
     with tempfile.TemporaryDirectory() as folder:
-        log = telemetry.RoundLog(Path(folder) / "rounds")
+        log = records.RoundLog(Path(folder) / "rounds")
         new_run, played, learned = learn()
 
         def write() -> float:
             start = time.perf_counter()
-            log.write(0, telemetry.round_arrays(Metrics(played, learned)))
+            log.write(0, records.round_arrays(Metrics(played, learned)))
             checkpoint.save(Path(folder) / "checkpoints", 0, new_run, {})
             return time.perf_counter() - start
 
@@ -362,7 +364,7 @@ def roofline_table(bench: Bench) -> Iterator[Row]:
     images = max(1, min(t.batch_size, t.tile_pixels // size**2)) if t.tile_pixels else t.batch_size
     state = jax.tree.map(lambda leaf: leaf[0], empty(bench, 1))
     x, labels = jnp.zeros((images, size, size, 3)), jnp.zeros(images, jnp.int32)
-    one_tile = functools.partial(training.train_batch, cfg=dataclasses.replace(t, tile_pixels=0))
+    one_tile = functools.partial(host_training.train_batch, cfg=dataclasses.replace(t, tile_pixels=0))
     forward = lambda host, x: cnn.apply(host, x.astype(t.compute_dtype), train=False)[0]
     # The compiler's analysis takes a loop's body once, so: one tile, and its products not cut into blocks. Before
     # optimisation, which computes cheap operations anew where that saves a pass over memory.
@@ -486,7 +488,7 @@ def _small_hosts(bench: Bench, emit: Callable, common: dict) -> Iterator[Row]:
 @contextlib.contextmanager
 def _processes(settings: dict, count: int) -> Iterator[Callable[[str], float]]:
     """So many PyTorch processes; yields a function that lets all of them do a piece of work and returns the seconds."""
-    command = [sys.executable, "-m", "experiments.incumbent", json.dumps(settings)]
+    command = [sys.executable, "-m", "experiments.throughput.torch_loop", json.dumps(settings)]
     root = Path(__file__).resolve().parents[1]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(command, cwd=root, **pipes) for _ in range(count)]
@@ -494,7 +496,7 @@ def _processes(settings: dict, count: int) -> Iterator[Callable[[str], float]]:
     def answer(worker):
         line = worker.stdout.readline()
         if not line:
-            raise RuntimeError("a process of experiments.incumbent ended early; its message is above")
+            raise RuntimeError("a process of experiments.throughput.torch_loop ended early; its message is above")
         return line.strip()
 
     def work(name: str) -> float:
@@ -583,9 +585,3 @@ def main(
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         if out is not None:
             out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    # on a CPU a device per core, before the first use of a device
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    tyro.cli(main)

@@ -22,11 +22,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from esper_jax import data, devices, make_env
+from esper_jax import data, make_env
 from esper_jax.config import Config, TrainingConfig
-from esper_jax.devices import EACH, SAME
-from esper_jax.env import training
-from esper_jax.network import morphogenetic, seed_bank
+from esper_jax.env import host_training
+from esper_jax.network import model as networks
+from esper_jax.network import seed_bank
+from esper_jax.run import devices
+from esper_jax.run.devices import EACH, SAME
 from esper_jax.train import over_environments
 from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, SlotState, Stage
 
@@ -292,13 +294,13 @@ def train_program(bench: Bench, args: tuple, chunk: int, cfg: TrainingConfig) ->
 
     def body(dataset, models, optimisers, records, indices, axis_name):
         fetch = functools.partial(fetch_plain, dataset)
-        one = lambda env: training.train_epoch(*env, fetch, cfg)
+        one = lambda env: host_training.train_epoch(*env, fetch, cfg)
         return over_environments(one, (models, optimisers, records, indices), chunk)
 
     return build(body, bench.n_devices(args[-1].shape[0]), (SAME, *[EACH] * 4), *args)
 
 
-def bare(state) -> tuple[morphogenetic.Model, training.OptimiserState, SlotState]:
+def bare(state) -> tuple[networks.Model, host_training.OptimiserState, SlotState]:
     """Model, momentum and slot records of environments without their slots, for `training.train_batch` and `_epoch`."""
     no_slots = jax.tree.map(lambda leaf: leaf[..., :0], state.slots)
     return state.model.replace(seeds=()), state.optimiser.replace(seeds=()), no_slots

@@ -18,12 +18,14 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax import checkpoint, compilation, presets, provenance
+from esper_jax import presets
 from esper_jax.config import Config
-from esper_jax.console import Console
+from esper_jax.run import checkpoint, compilation, provenance
+from esper_jax.run import job as jobs
+from esper_jax.run.console import Console
 from experiments import audit, cifar
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "checkpoints", "curves.png", "grown.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv",
     "report.html", "run.json", "seeds.png", "summary.txt",
@@ -50,8 +52,8 @@ def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
     card = {"status": "running", "arms": list(tiny_run.ARMS), **provenance.run_card(cfg, tiny.dataset())}
     start = tiny_run.result().states[0] if run is None else run
     meta = {"config": provenance.computed(cfg), "data": "tiny"}
-    options = cifar.Options("smoke", config=cfg)
-    return cifar.Job(
+    options = cifar.Options(preset="smoke", config=cfg)
+    return jobs.Job(
         options, cfg, out, Console(file=io.StringIO()), tiny_run.result().train, tiny_run.KEY(), start, meta, card
     )
 
@@ -64,8 +66,8 @@ def test_compiling_ahead_compiles_everything():
 
 def test_a_run_writes_its_files(tmp_path):
     start = job(tmp_path)
-    state, rounds = cifar.learn(start)
-    cifar.publish(start, rounds | cifar.compare(start, state))
+    state, rounds = jobs.learn(start)
+    jobs.publish(start, rounds | jobs.compare(start, state))
     assert {path.name for path in tmp_path.iterdir()} == FILES
     card = json.loads((tmp_path / "run.json").read_text())
     assert (card["status"], card["data"]["name"], card["versions"]["jax"]) == ("complete", "tiny", jax.__version__)
@@ -88,14 +90,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     whole, part = job(tmp_path / "whole"), job(tmp_path / "part", rounds=1)
     for folder in (whole.out, part.out):
         folder.mkdir()
-    state, rounds = cifar.learn(whole)
-    cifar.publish(whole, rounds | cifar.compare(whole, state))
-    cifar.learn(part)  # dies here, after one round
+    state, rounds = jobs.learn(whole)
+    jobs.publish(whole, rounds | jobs.compare(whole, state))
+    jobs.learn(part)  # dies here, after one round
     again, done = checkpoint.restore(part.out / "checkpoints", part.run, part.meta)
     assert done == 1
     rest = job(part.out, run=again)
-    state, rounds = cifar.learn(rest)
-    cifar.publish(rest, rounds | cifar.compare(rest, state))
+    state, rounds = jobs.learn(rest)
+    jobs.publish(rest, rounds | jobs.compare(rest, state))
     for name in FILES - {"checkpoints", "run.json", "report.html"}:  # what holds no time
         assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
 

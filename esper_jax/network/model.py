@@ -12,8 +12,8 @@ from flax import struct
 from jax import lax
 
 from esper_jax.config import HostConfig
-from esper_jax.network import cnn, seed_bank, slots
-from esper_jax.network.slots import Controls, SeedVars
+from esper_jax.network import blend, cnn, seed_bank
+from esper_jax.network.blend import Controls, SeedVars
 from esper_jax.types import CNN_BLUEPRINTS, Array, SlotState
 
 
@@ -40,14 +40,14 @@ def init(
 ) -> Model:
     """A new host with empty slots that can hold the named kinds of seeds."""
     size = lambda width: seed_bank.packed_size(seed_bank.table(blueprints), width)
-    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(slots.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
+    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(blend.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
     return Model(cnn.init(key, cfg, channels=channels, classes=classes), seeds)
 
 
 def _slot_functions(model: Model, controls: Controls) -> dict[int, cnn.SlotFunction]:
     """`{block: function on tiles}` for every slot."""
     return {
-        block: lambda tiles, s=s: slots.apply_slot(jax.tree.map(lambda leaf: leaf[s], controls), model.seeds[s], tiles)
+        block: lambda tiles, s=s: blend.apply_slot(jax.tree.map(lambda leaf: leaf[s], controls), model.seeds[s], tiles)
         for s, block in enumerate(model.host.cfg.slot_blocks[: len(model.seeds)])
     }
 
@@ -66,14 +66,14 @@ def forward(
     `alpha_override` f32[S] replaces the slots' alphas (NaN keeps one); vmap over `[K, S]` evaluates K configurations.
     The features are computed in the dtype of `x`.
     """
-    functions = _slot_functions(model, slots.controls(state, model.blueprints, alpha_override))
+    functions = _slot_functions(model, blend.controls(state, model.blueprints, alpha_override))
     logits, host = cnn.apply(model.host, x, train=train, slots=functions, tile_pixels=tile_pixels)
     return logits, model.replace(host=host)
 
 
 def live_slots(model: Model, state: SlotState) -> Array:
     """bool[S]: slots whose alpha matters, that is with a seed in the forward pass and alpha above 0."""
-    controls = slots.controls(state, model.blueprints)
+    controls = blend.controls(state, model.blueprints)
     return (controls.kind > 0) & (controls.alpha > 0)
 
 
@@ -99,7 +99,7 @@ def forward_all_configurations(model: Model, state: SlotState, tile: Array) -> A
     cost 1 + 2 + 4 blocks and one final read-out each, not 8 networks, and a host without live slots one pass. Rows
     beyond the number of different patterns are undefined; `distinct_configurations` says which row is which pattern.
     """
-    controls = slots.controls(state, model.blueprints)
+    controls = blend.controls(state, model.blueprints)
     live = live_slots(model, state)
     slot_of_block = {block: s for s, block in enumerate(model.host.cfg.slot_blocks)}
     features, count = tile[None], jnp.int32(1)  # features of the different patterns so far, and how many there are
@@ -126,7 +126,7 @@ def _split(seed: SeedVars, control: Controls, live: Array, features: Array, coun
 
     def both(k, out):
         h = features[k]
-        on = slots.apply_slot(control, seed, h[None])[0]
+        on = blend.apply_slot(control, seed, h[None])[0]
         return out.at[2 * k].set(h).at[2 * k + 1].set(on)
 
     out = jnp.concatenate([features, jnp.zeros_like(features)])

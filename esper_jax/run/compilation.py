@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from esper_jax import devices
 from esper_jax.config import Config
 from esper_jax.env.reward import Course
+from esper_jax.run import devices
 from esper_jax.train import Train, bind, round_of
 
 MOST_CACHE_BYTES = 2**30

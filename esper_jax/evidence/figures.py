@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from esper_jax.report import by_arm
-from esper_jax.statistics import mean_interval
-from esper_jax.train import BASELINE, LEARNED, POLICY
-from esper_jax.types import BLUEPRINTS, Stage
+from esper_jax.enums import BASELINE, BLUEPRINTS, LEARNED, POLICY, Stage
+from esper_jax.evidence.statistics import mean_interval
+from esper_jax.evidence.tables import by_arm
 
 # Okabe-Ito: told apart by colour-blind readers, too.
 COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#e69f00", "#999999", "#f0e442")

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from esper_jax.config import HostConfig
-from esper_jax.env import training
-from esper_jax.network import morphogenetic
+from esper_jax.env import host_training
+from esper_jax.network import model as networks
 from esper_jax.types import BLUEPRINTS, Stage
-from experiments import bench, roofline, throughput
+from experiments.throughput import bench, roofline, tables
 
 HOST = HostConfig(n_blocks=2, base_channels=4, pool_layers=2)
 IMAGE = {"channels": 3, "classes": 10, "itemsize": 4}
@@ -25,7 +25,7 @@ IMAGE = {"channels": 3, "classes": 10, "itemsize": 4}
 
 @pytest.fixture(scope="module")
 def tiny():
-    return bench.make_bench(throughput.SIZES["tiny"])
+    return bench.make_bench(tables.SIZES["tiny"])
 
 
 def test_work_of_the_host_counted_by_hand():
@@ -54,7 +54,7 @@ def test_least_time_takes_the_tighter_limit_layer_by_layer():
 
 
 def test_counts_agree_with_the_compiler(tiny):
-    rows = {r.name: r.value for r in throughput.roofline_table(tiny)}
+    rows = {r.name: r.value for r in tables.roofline_table(tiny)}
     # the compiler counts normalisation and pooling too, but no less than the matrix products
     for kind in ("train", "forward"):
         ratio = rows[f"{kind}_compiler_flops"] / rows[f"{kind}_counted_flops"]
@@ -94,7 +94,7 @@ def test_grown_environments_hold_the_seeds_they_were_given(tiny):
     light, norm = BLUEPRINTS.index("conv_light"), BLUEPRINTS.index("norm")
     np.testing.assert_array_equal(state.slots.blueprint, [[light, -1], [light, norm]])
     np.testing.assert_array_equal(state.slots.alpha.alpha, [[0.5, 0], [0, 1]])
-    live = jax.vmap(morphogenetic.live_slots)(state.model, state.slots)
+    live = jax.vmap(networks.live_slots)(state.model, state.slots)
     np.testing.assert_array_equal(live, [[True, False], [False, True]])
     # conv_light at 4 channels: a kernel of 9 * 4 * 4 = 144 within 1/sqrt(36), 4 ones, 4 zeros
     params = np.asarray(state.model.seeds[0].params[0])
@@ -112,7 +112,7 @@ def test_bare_host_trains_like_one_whose_slots_are_empty(tiny):
     cfg = tiny.cfg.training
     state = jax.tree.map(lambda leaf: leaf[0], bench.empty(tiny, 1))
     x, labels = bench.fetch_plain(tiny.dataset, jnp.arange(cfg.batch_size))
-    step = jax.jit(lambda model, opt, slots: training.train_batch(model, opt, slots, x, labels, cfg))
+    step = jax.jit(lambda model, opt, slots: host_training.train_batch(model, opt, slots, x, labels, cfg))
     alone, momentum, no_slots = bench.bare(state)
     assert not alone.seeds and no_slots.stage.size == 0
     model, optimiser = state.model, state.optimiser
@@ -129,16 +129,16 @@ def test_bare_host_trains_like_one_whose_slots_are_empty(tiny):
 def test_incumbent_without_torch_is_a_row_that_says_so(tiny, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
-    (only,) = throughput.incumbent_table(tiny)
+    (only,) = tables.incumbent_table(tiny)
     assert only.value is None and only.n == 0 and only.unit.startswith("not measured")
     screen = io.StringIO()
-    shown = throughput.show(Console(file=screen, force_terminal=True, width=120), "PyTorch", iter([only]))
+    shown = tables.show(Console(file=screen, force_terminal=True, width=120), "PyTorch", iter([only]))
     assert shown == [only] and "PyTorch" in screen.getvalue() and "not measured" in screen.getvalue()
 
 
 def _report(tmp_path, tables):
     out = tmp_path / "numbers.json"
-    throughput.main("tiny", out, tables)
+    tables.main("tiny", out, tables)
     report = json.loads(out.read_text())
     assert set(report) == {"device", "jax", "rows"}
     assert report["jax"] == jax.__version__
@@ -152,7 +152,7 @@ def _report(tmp_path, tables):
 
 
 def test_tables_are_printed_and_saved(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(throughput, "make_bench", lambda size: tiny)  # what it has compiled serves again
+    monkeypatch.setattr(tables, "make_bench", lambda size: tiny)  # what it has compiled serves again
     rows = _report(tmp_path, ("growth",))
     assert {"slots_empty_over_bare", "conv_light_1_over_bare", "conv_light_2_over_predicted"} <= set(rows)
     assert rows["slots_empty_over_bare"]["n"] == 1
@@ -173,14 +173,14 @@ def test_all_tables(tmp_path):
 
 def test_bad_options_are_told_before_anything_is_measured(tmp_path):
     with pytest.raises(SystemExit, match="--repeats 0: must be at least 1"):
-        throughput.main("tiny", repeats=0)
+        tables.main("tiny", repeats=0)
     with pytest.raises(SystemExit, match="missing is not a folder"):
-        throughput.main("tiny", tmp_path / "missing" / "numbers.json")
+        tables.main("tiny", tmp_path / "missing" / "numbers.json")
 
 
 def test_presets_measure_what_the_goals_name():
     for name in ("cpu", "gpu"):
-        size = throughput.SIZES[name]
+        size = tables.SIZES[name]
         assert 3 in size.slot_counts  # fused_8_over_forward
         assert {"conv_light", "conv_heavy"} <= set(size.cfg.lifecycle.blueprints)
         t = size.cfg.training
@@ -191,4 +191,4 @@ def test_presets_measure_what_the_goals_name():
             32,
         )
         assert dataclasses.replace(size, repeats=1).repeats == 1
-    assert max(throughput.SIZES["gpu"].populations) == 1024
+    assert max(tables.SIZES["gpu"].populations) == 1024

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from esper_jax import telemetry
-from esper_jax.train import LEARNED
+from esper_jax.enums import LEARNED
+from esper_jax.run import records
 from esper_jax.types import Op, Stage
 
 P, E, T, S = tiny_run.CONFIG.policy_seeds, tiny_run.CONFIG.n_envs, tiny_run.CONFIG.training.epochs, 2
@@ -67,7 +67,7 @@ def test_reward_is_the_sum_of_its_components():
 
 def test_same_arrays_give_same_bytes(tmp_path):
     for name in ("a", "b"):
-        telemetry.write_arrays(tmp_path / name, metrics())
+        records.write_arrays(tmp_path / name, metrics())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with np.load(tmp_path / "a") as file:
         for name, array in metrics().items():
@@ -76,19 +76,19 @@ def test_same_arrays_give_same_bytes(tmp_path):
 
 
 def test_round_log_goes_on_where_the_checkpoint_is(tmp_path):
-    log = telemetry.RoundLog(tmp_path / "rounds")
+    log = records.RoundLog(tmp_path / "rounds")
     assert log.stacked() == {}
     for number in range(3):
         log.write(number, {"x": np.float32(number)})
     (tmp_path / "rounds" / "000003.npz.tmp").write_text("cut off")
-    log = telemetry.RoundLog(tmp_path / "rounds", done=2)
+    log = records.RoundLog(tmp_path / "rounds", done=2)
     np.testing.assert_array_equal(log.stacked()["x"], [0, 1])
     with pytest.raises(FileNotFoundError, match="000002.npz: missing"):
-        telemetry.RoundLog(tmp_path / "rounds", done=3)
+        records.RoundLog(tmp_path / "rounds", done=3)
 
 
 def test_outcomes(tmp_path):
-    rows = telemetry.outcomes(metrics())
+    rows = records.outcomes(metrics())
     expected = [(name, p) for name in tiny_run.ARMS for p in range(P if name in LEARNED else 1)]
     assert [(row["arm"], row["policy_seed"], row["env"]) for row in rows] == [
         (*arm_and_policy, env) for arm_and_policy in expected for env in range(E)
@@ -107,7 +107,7 @@ def test_outcomes(tmp_path):
     assert all((row["params"] > 1) == (row["fossilised"] > 0) for row in rows)
 
     rows[0]["test_loss"] = float("nan")
-    telemetry.write_csv(tmp_path / "outcomes.csv", rows, telemetry.OUTCOMES)
+    records.write_csv(tmp_path / "outcomes.csv", rows, records.OUTCOMES)
     with open(tmp_path / "outcomes.csv") as file:
         read = list(csv.DictReader(file))
     assert read[0]["test_loss"] == "" and float(read[1]["test_loss"]) == pytest.approx(rows[1]["test_loss"], rel=1e-5)
@@ -115,8 +115,8 @@ def test_outcomes(tmp_path):
 
 
 def test_lifecycle_rows_replay_every_stage(tmp_path):
-    rows = list(telemetry.lifecycle(metrics()))
-    telemetry.write_lines(tmp_path / "lifecycle.jsonl", rows)
+    rows = list(records.lifecycle(metrics()))
+    records.write_lines(tmp_path / "lifecycle.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "lifecycle.jsonl").read_text().splitlines()] == rows
     stage = metrics()["arms/stage"]
     replayed = np.full(stage.shape, Stage.DORMANT)
@@ -129,7 +129,7 @@ def test_lifecycle_rows_replay_every_stage(tmp_path):
 
 
 def test_lifecycle_rows_say_why():
-    rows = list(telemetry.lifecycle(metrics()))
+    rows = list(records.lifecycle(metrics()))
     assert {row["arm"] for row in rows} >= {"eager", "random"} and "never" not in {row["arm"] for row in rows}
     born = [row for row in rows if row["cause"] == "germinate" and row["success"]]
     assert len(born) == metrics()["arms/germinated"].sum()
@@ -149,5 +149,5 @@ def test_a_rollback_is_the_governors():
     arrays["arms/panic"][a, e, t] = True
     arrays["arms/panic_reason"][a, e, t] = 1
     place = {"arm": "eager", "policy_seed": 0, "env": e, "epoch": t + 1, "slot": s}
-    here = [row for row in telemetry.lifecycle(arrays) if place.items() <= row.items()]
+    here = [row for row in records.lifecycle(arrays) if place.items() <= row.items()]
     assert [(row["cause"], row["panic"]) for row in here] == [("governor", "non_finite")]

@@ -1,6 +1,6 @@
 """The incumbent that the throughput benchmark compares with: the same host and seeds, trained by a plain PyTorch loop.
 
-    python -m experiments.incumbent '{"threads": 2, ...}'      (see `Settings`)
+    python -m experiments.throughput.torch_loop '{"threads": 2, ...}'      (see `Settings`)
 
 A process of its own, so that two of them can run side by side and measurements can alternate with other programs: it
 prints `ready`, then, for each line that it reads (`train` or `epoch`), how many seconds that work took. One environment

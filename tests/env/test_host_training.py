@@ -12,10 +12,11 @@ import pytest
 import tiny
 
 from esper_jax.config import TrainingConfig
-from esper_jax.env import training
+from esper_jax.env import host_training
 from esper_jax.lifecycle import stages
-from esper_jax.network import cnn, morphogenetic
-from esper_jax.network.slots import SeedVars
+from esper_jax.network import cnn
+from esper_jax.network import model as networks
+from esper_jax.network.blend import SeedVars
 from esper_jax.types import BLUEPRINTS, AlphaAlgorithm, AlphaMode, Stage
 
 S = Stage
@@ -30,19 +31,19 @@ HALF = dataclasses.replace(FREE, compute_dtype="bfloat16")
 @functools.cache
 def batch(cfg):
     """The compiled batch step; it returns (model, momentum, gradients, metrics)."""
-    return tiny.compiled(lambda *args: training.train_batch(*args, cfg))
+    return tiny.compiled(lambda *args: host_training.train_batch(*args, cfg))
 
 
 @functools.cache
 def model():
     """A host with seeds in both slots, and momentum everywhere."""
     kinds = tiny.CONFIG.lifecycle.blueprints
-    made = morphogenetic.init(jax.random.key(0), tiny.CONFIG.host, blueprints=kinds, channels=1, classes=3)
+    made = networks.init(jax.random.key(0), tiny.CONFIG.host, blueprints=kinds, channels=1, classes=3)
     draw = lambda k, leaf: 0.2 * jax.random.normal(jax.random.key(k), leaf.shape)
     seeds = tuple(s.replace(params=draw(k, s.params), gate=draw(k + 2, s.gate)) for k, s in enumerate(made.seeds))
     made = made.replace(seeds=seeds)
     momentum = jax.tree.map(
-        lambda leaf: leaf if leaf.dtype != jnp.float32 else leaf + 0.01, training.init(made, CLIPPED)
+        lambda leaf: leaf if leaf.dtype != jnp.float32 else leaf + 0.01, host_training.init(made, CLIPPED)
     )
     return made, momentum
 
@@ -133,7 +134,7 @@ def test_who_moves(cfg, record, moves):
     # the other seed and the host go their way
     assert not tiny.equal(new.seeds[1], made.seeds[1]) and not tiny.equal(new.host.params, made.host.params)
     acting = S.TRAINING <= record["stage"] <= S.FOSSILIZED and record.get("mode") != AlphaMode.DOWN
-    assert training.seeds_with_gradient(slots(**record)).tolist() == [acting, True]
+    assert host_training.seeds_with_gradient(slots(**record)).tolist() == [acting, True]
     counted = [norm(grads.host), norm(grads.seeds[1])] + ([norm(grads.seeds[0])] if acting else [])
     np.testing.assert_allclose(metrics["norm"], math.sqrt(sum(n**2 for n in counted)), rtol=1e-5)
 
@@ -162,7 +163,7 @@ def test_bfloat16_stays_close():
 @functools.cache
 def epoch(stride):
     cfg = dataclasses.replace(CLIPPED, telemetry_stride=stride)
-    return tiny.compiled(lambda *args: training.train_epoch(*args, lambda entry: entry, cfg))
+    return tiny.compiled(lambda *args: host_training.train_epoch(*args, lambda entry: entry, cfg))
 
 
 @pytest.mark.parametrize(("stride", "last"), [(2, 4), (3, 3)])
@@ -194,14 +195,16 @@ def test_an_epoch_is_its_batches(stride, last):
 def test_loss_and_accuracy():
     """Of two images, with logits (0, ln 3) and (0, 0): -ln(3/4) and ln 2; a tie goes to the first class."""
     logits = jnp.array([[0.0, math.log(3)], [0.0, 0.0]])
-    loss, correct = training.loss_and_accuracy(logits, jnp.array([1, 1]))
+    loss, correct = host_training.loss_and_accuracy(logits, jnp.array([1, 1]))
     np.testing.assert_allclose(loss, (math.log(4 / 3) + math.log(2)) / 2, rtol=1e-6)
     assert correct == 1
 
 
 def test_clip_factor():
-    np.testing.assert_allclose(training.clip_factor(jnp.float32(4.0), 1.0), 1 / 4.000001, rtol=1e-6)
-    assert training.clip_factor(jnp.float32(0.5), 1.0) == 1 and training.clip_factor(jnp.float32(1e9), None) == 1
+    np.testing.assert_allclose(host_training.clip_factor(jnp.float32(4.0), 1.0), 1 / 4.000001, rtol=1e-6)
+    assert (
+        host_training.clip_factor(jnp.float32(0.5), 1.0) == 1 and host_training.clip_factor(jnp.float32(1e9), None) == 1
+    )
 
 
 # --- momentum ---
@@ -213,19 +216,19 @@ def test_reset_momentum():
     yes, no = jnp.array([True, False]), jnp.zeros(2, bool)
     parts = lambda state: [[bool(np.asarray(leaf).any()) for leaf in jax.tree.leaves(seed)] for seed in state.seeds]
     assert parts(state) == [[True, True]] * 2
-    assert parts(training.reset_momentum(state, yes, no)) == [[False, False], [True, True]]
-    assert parts(training.reset_momentum(state, no, yes)) == [[True, False], [True, True]]
-    assert tiny.equal(training.reset_momentum(state, no, no), state)
-    assert not norm(training.reset_momentum(state, no, no, everything=True))
-    assert tiny.equal(training.reset_momentum(state, yes, yes).host, state.host)
+    assert parts(host_training.reset_momentum(state, yes, no)) == [[False, False], [True, True]]
+    assert parts(host_training.reset_momentum(state, no, yes)) == [[True, False], [True, True]]
+    assert tiny.equal(host_training.reset_momentum(state, no, no), state)
+    assert not norm(host_training.reset_momentum(state, no, no, everything=True))
+    assert tiny.equal(host_training.reset_momentum(state, yes, yes).host, state.host)
 
 
 def test_the_optimisers_are_pytorch_s():
     """Two steps from p = 1 with g = 0.5: m = 0.5 (+ decay), then 0.9 m + 0.5."""
     cfg = TrainingConfig(host_lr=0.1, seed_lr=0.2, host_weight_decay=0.1)
     for optimiser, expected in (
-        (training.host_optimiser(cfg), [0.94, 0.8266]),
-        (training.seed_optimiser(cfg), [0.9, 0.71]),
+        (host_training.host_optimiser(cfg), [0.94, 0.8266]),
+        (host_training.seed_optimiser(cfg), [0.9, 0.71]),
     ):
         # host: 0.5 + 0.1 = 0.6 -> 0.94; 0.54 + 0.5 + 0.094 = 1.134 -> 0.8266. seed: 0.5 -> 0.9; 0.95 -> 0.71
         p = jnp.float32(1)
@@ -240,14 +243,14 @@ def test_the_optimisers_are_pytorch_s():
 
 HEAVY = BLUEPRINTS.index("conv_heavy")  # at 4 channels: tensors of 144, 4, 4, 144, 4, 4 elements, 304 in all
 N_HEAVY = 304
-record_gradients = jax.jit(training.record_gradients, static_argnums=2)
+record_gradients = jax.jit(host_training.record_gradients, static_argnums=2)
 
 
 def sample(seed, *, host_norm=2.0, gate=0.0):
     """Telemetry of one slot of 4 channels whose gradient is `seed`, f32[304]."""
     grads = SeedVars(jnp.asarray(seed, jnp.float32), jnp.full(49, gate, jnp.float32), 4, ("conv_heavy",))
     none = jnp.zeros(1)
-    return training.EpochMetrics(jnp.float32(0), jnp.float32(0), none, none, jnp.float32(host_norm), (grads,))
+    return host_training.EpochMetrics(jnp.float32(0), jnp.float32(0), none, none, jnp.float32(host_norm), (grads,))
 
 
 def heavy(stage=S.TRAINING, has_gate=False):

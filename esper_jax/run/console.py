@@ -19,7 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from esper_jax.types import Stage
+from esper_jax.enums import Stage
+from esper_jax.evidence.tables import text_table
 
 
 class Console:
@@ -99,7 +100,7 @@ class Console:
 
 
 def round_note(arrays: dict[str, np.ndarray]) -> str:
-    """A round in a few numbers, from the arrays of `telemetry.round_arrays`; means over its environments, and of the
+    """A round in a few numbers, from the arrays of `records.round_arrays`; means over its environments, and of the
     return one for each policy."""
     accuracy = arrays["rounds/val_accuracy"][..., -1].mean()
     returns = np.nansum(arrays["rounds/reward"], axis=-1).mean(-1)
@@ -109,11 +110,3 @@ def round_note(arrays: dict[str, np.ndarray]) -> str:
     note = f"acc={accuracy:.1f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
     panics = int(arrays["rounds/panic"].sum())
     return note + (f"  rollbacks={panics}" if panics else "")
-
-
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the first to the left and the others to the right."""
-    lines = [columns, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(x, widths, strict=True))] for x in lines]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax import compilation, telemetry
+from esper_jax.run import compilation, records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_programs_compiled_ahead_give_the_same_numbers():
     with tiny_run.unoptimised():
         state, metrics = tiny_run.train().update(key, tiny_run.train().init(key))
     assert tiny.equal(state, first.states[1])
-    assert tiny.equal(telemetry.round_arrays(metrics), first.rounds[0])
+    assert tiny.equal(records.round_arrays(metrics), first.rounds[0])
 
 
 def test_an_error_in_a_later_program_reaches_who_needs_it():
@@ -55,7 +55,7 @@ SECOND_START = textwrap.dedent("""
     import jax
     import jax.numpy as jnp
     from pathlib import Path
-    from esper_jax import compilation
+    from esper_jax.run import compilation
     from esper_jax.network import blueprints
 
     compilation.keep_programs(Path(sys.argv[1]))

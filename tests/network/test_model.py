@@ -12,7 +12,8 @@ from esper_jax import presets
 from esper_jax.config import HostConfig
 from esper_jax.env import attribution, evaluation
 from esper_jax.lifecycle import stages
-from esper_jax.network import layers, morphogenetic, seed_bank, slots
+from esper_jax.network import blend, layers, seed_bank
+from esper_jax.network import model as networks
 from esper_jax.types import BLUEPRINTS, Stage
 
 # A slot is off (None) or (stage, blueprint, algorithm, alpha). GERMINATED and TRAINING are not live: alpha 0.
@@ -28,7 +29,7 @@ HOST = HostConfig(n_blocks=3, base_channels=4, pool_layers=2)
 @functools.cache
 def _forward():
     """The ordinary forward pass under one row of overrides; one program per host."""
-    return jax.jit(lambda *given: morphogenetic.forward(*given)[0])
+    return jax.jit(lambda *given: networks.forward(*given)[0])
 
 
 def forward(model, state, x, on=None):
@@ -42,12 +43,12 @@ def images(seed, *shape):
 @functools.cache
 def model(cfg=HOST):
     """A host whose running statistics are not the identity, with parameters of any kind in every slot."""
-    new = morphogenetic.init(jax.random.key(0), cfg, blueprints=NAMES)
+    new = networks.init(jax.random.key(0), cfg, blueprints=NAMES)
     seeds = tuple(
         seed.replace(params=0.3 * images(2, seed.params.size), gate=images(3, seed.gate.size)) for seed in new.seeds
     )
     stats = jax.tree.map(lambda leaf: 0.3 * leaf + 0.1, new.host.stats)
-    return morphogenetic.Model(new.host.replace(stats=stats), seeds)
+    return networks.Model(new.host.replace(stats=stats), seeds)
 
 
 def state_of(*slots_given):
@@ -82,10 +83,10 @@ def compiled():
     on = attribution.configurations(3)
 
     def both(model, state):
-        shared = morphogenetic.forward_all_configurations(model, state, layers.to_tiles(X)[0])
-        position, count = morphogenetic.distinct_configurations(morphogenetic.live_slots(model, state))
+        shared = networks.forward_all_configurations(model, state, layers.to_tiles(X)[0])
+        position, count = networks.distinct_configurations(networks.live_slots(model, state))
         alpha = jnp.where(on, jnp.nan, 0.0)
-        oracle = jax.vmap(lambda row: morphogenetic.forward(model, state, X, row)[0])(alpha)
+        oracle = jax.vmap(lambda row: networks.forward(model, state, X, row)[0])(alpha)
         return shared[position], count, oracle
 
     return jax.jit(both)
@@ -115,7 +116,7 @@ def test_all_configurations(pattern):
     ],
 )
 def test_distinct_configurations(live, position):
-    got, count = morphogenetic.distinct_configurations(jnp.array(live, bool))
+    got, count = networks.distinct_configurations(jnp.array(live, bool))
     np.testing.assert_array_equal(got, position)
     assert count == 2 ** sum(live) == len(set(position))
 
@@ -131,11 +132,11 @@ def test_override_blends_a_training_slot():
 
 def test_init():
     """Empty slots of the largest offered blueprint's size: conv_light 9 C^2 + 2 C at 4, 8 and 16 channels."""
-    new = morphogenetic.init(jax.random.key(0), HOST, blueprints=("norm", "conv_light"))
+    new = networks.init(jax.random.key(0), HOST, blueprints=("norm", "conv_light"))
     assert [seed.params.shape for seed in new.seeds] == [(152,), (592,), (2336,)]
-    assert [seed.gate.shape for seed in new.seeds] == [(slots.gate_size(width),) for width in (4, 8, 16)]
+    assert [seed.gate.shape for seed in new.seeds] == [(blend.gate_size(width),) for width in (4, 8, 16)]
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(new.seeds))
-    some = morphogenetic.init(jax.random.key(0), HostConfig(n_blocks=3, base_channels=4, slots=("r0c2", "r0c0")))
+    some = networks.init(jax.random.key(0), HostConfig(n_blocks=3, base_channels=4, slots=("r0c2", "r0c0")))
     assert [seed.width for seed in some.seeds] == [4, 16] and len(some.host.stats) == 3
     heavy = seed_bank.packed_size(seed_bank.table(some.blueprints), 16)
     assert some.seeds[1].params.shape == (heavy,) == (4672,)  # every blueprint fits: conv_heavy 18 C^2 + 4 C

@@ -1,0 +1,223 @@
+"""A job from its options to its files: prepare, start, learn, compare, publish. What every experiment shares."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from esper_jax import data
+from esper_jax.config import Config
+from esper_jax.control.arms import controllers
+from esper_jax.enums import LEARNED
+from esper_jax.env.environment import make_env
+from esper_jax.evidence import tables
+from esper_jax.network import cnn
+from esper_jax.run import checkpoint, compilation, provenance, records
+from esper_jax.run.console import Console, round_note
+from esper_jax.train import RunState, Train, make_train
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Options of every experiment's command line."""
+
+    preset: Literal["smoke", "quick", "full"] = "quick"
+    """size of the job; by default full on a GPU, else quick"""
+    out: Path | None = None
+    """folder for the files of the run; none makes a new one in runs/"""
+    script: Path | None = None
+    """file with lines such as `3: germinate slot=0 blueprint=conv_light`; adds the arm `script`"""
+    resume: Path | None = None
+    """folder of a run to go on with; its configuration becomes the default"""
+    checkpoint_every: int = 1
+    """rounds between checkpoints; 0 writes none"""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """print only warnings and the result"""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+class Job(NamedTuple):
+    """A run that is ready to start."""
+
+    options: JobOptions
+    cfg: Config
+    out: Path
+    console: Console
+    train: Train
+    key: jax.Array
+    run: RunState | None  # None before the first round
+    meta: dict  # what a checkpoint has to agree with
+    card: dict  # run.json
+
+
+def check_folder(data_dir: str | None) -> str | None:
+    """The folder, or a ValueError if it is not there."""
+    if data_dir and not Path(data_dir).expanduser().is_dir():
+        raise ValueError(f"--data-dir {data_dir}: must be a folder that exists and holds the CIFAR-10 files")
+    return data_dir
+
+
+def prepare(options: JobOptions, command: str) -> Job:
+    """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError."""
+    now = datetime.now()
+    cfg = compilation.spread(options.config)
+    console = Console(quiet=options.quiet)
+    out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
+    if not options.resume and out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
+    if not options.resume:
+        check_folder(cfg.data.data_dir)
+    script = provenance.read_card(out)["script"] if options.resume else None
+    script = options.script.read_text() if options.script else script
+    rules = controllers(cfg, script)
+    header(console, options, cfg, out, rules=len(rules))
+
+    warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
+    if options.preset == "full" and jax.default_backend() == "cpu":
+        warn("PRESET full IS MADE FOR A GPU, AND THIS IS A CPU: --preset quick takes minutes, this may take weeks")
+    with console.step("data", cfg.data.name) as said:
+        dataset = data.load(cfg.data, announce=warn)
+        card = provenance.run_card(cfg, dataset)
+        images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
+        said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
+    if dataset.name != "cifar10":
+        warn(f"THE DATA ARE '{dataset.name}', NOT CIFAR-10")
+    env, key = make_env(cfg, dataset), jax.random.key(cfg.seed)
+    if script is not None:  # a slot that does not exist shows itself only when an observation is seen
+        seen = jax.eval_shape(lambda: env.observe(env.init(key)))
+        jax.eval_shape(rules["script"].act, key, rules["script"].init(key), seen)
+    train = make_train(cfg, dataset, rules)
+
+    meta = {"config": provenance.computed(cfg), "data": dataset.identity}
+    run = None
+    if options.resume and checkpoint.steps(out / "checkpoints"):
+        template = compilation.run_template(train, cfg, key)
+        run, done = checkpoint.restore(out / "checkpoints", template, meta)
+        if done > cfg.rounds:
+            raise ValueError(f"--rounds = {cfg.rounds}: {out} has done {done} rounds already")
+    if options.resume:
+        console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
+    card = {
+        "status": "running",
+        "command": command,
+        "started": now.isoformat(timespec="seconds"),
+        "preset": options.preset,
+        "arms": list(train.controllers),
+        "script": script,
+        **card,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    records.write_json(out / "run.json", card)
+    return Job(options, cfg, out, console, train, key, run, meta, card)
+
+
+def start(job: Job) -> Job:
+    """The job with its rollout compiled, the other programs on their way, and a run to go on with."""
+    with job.console.step("compile", "rollout; learn and report follow") as said, ThreadPoolExecutor(1) as beside:
+        first = beside.submit(job.train.init, job.key) if job.run is None else None
+        note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
+        cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
+        train = compilation.compile_ahead(job.train, cfg, job.key, note)
+    return job._replace(train=train, run=first.result() if first else job.run)
+
+
+def header(console: Console, options: JobOptions, cfg: Config, out: Path, rules: int) -> None:
+    channels = 1 if cfg.data.name == "digits" else 3
+    host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
+    device, epochs = provenance.device(cfg), cfg.training.epochs
+    twins = " and their twins" if cfg.reward.mode == "paired" else ""
+    rows = cfg.policy_seeds + bool(twins)
+    total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
+    console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
+    console.facts({
+        "run": str(out),
+        "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
+        "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
+        + "blueprints " + " ".join(name for name in cfg.lifecycle.blueprints if name != "noop"),
+        "plan": f"policies: {cfg.policy_seeds} x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
+        f"epochs, then {rules} rules and {len(LEARNED)} ways to act of each policy x {cfg.report_envs} environments: "
+        f"{total:,} epochs of a host",
+    })  # fmt: skip
+
+
+def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
+    """Trains the policy. Every round is on disk before the checkpoint that counts it."""
+    run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
+    start = int(run.round)
+    log = records.RoundLog(folder / "rounds", start)
+    with job.console.bar("round", rounds, start) as advance:
+        for number in range(start, rounds):
+            run, metrics = job.train.update(job.key, run)
+            arrays = records.round_arrays(metrics)
+            log.write(number, arrays)
+            advance(round_note(arrays))
+            if every and ((number + 1) % every == 0 or number + 1 == rounds):
+                checkpoint.save(folder, number + 1, run, job.meta)
+    return run, log.stacked()
+
+
+def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
+    with job.console.step("arms", " ".join(job.train.controllers)):
+        return records.arm_arrays(job.train.compare(job.key, run, job.train.controllers))
+
+
+def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
+    """The files of a finished run, and the result on the screen."""
+    from esper_jax.evidence import figures, report  # matplotlib is slow to import, and the first lines should be quick
+
+    out, console, name = job.out, job.console, job.card["data"]["name"]
+    with console.step("files", str(out)):
+        records.write_arrays(out / "metrics.npz", metrics)
+        records.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
+        records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
+        pictures = {}
+        for draw in (figures.grown, figures.curves, figures.seeds) + ((figures.learning,) if job.cfg.rounds else ()):
+            path = out / f"{draw.__name__}.png"
+            pictures[path] = draw(path, metrics, name)
+        rows, claim = tables.table(metrics), tables.sentence(metrics, name)
+        seconds = console.durations | {"total": console.elapsed()}
+        card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
+        records.write_json(out / "run.json", card)
+        title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
+        (out / "report.html").write_text(report.page(title, rows, claim, pictures, card), encoding="utf-8")
+        text = "\n".join([title, "", tables.text_table(tables.COLUMNS, rows), *tables.NOTES, "", claim, ""])
+        (out / "summary.txt").write_text(text, encoding="utf-8")
+    console.table(tables.COLUMNS, rows)
+    for line in (*tables.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
+        console.say(line, always=True)
+
+
+def main(program: str, parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
+    """The command line of an experiment: its exit code.
+
+    Args:
+      program: how it is called, for messages.
+      parse: the options of its arguments. Raises ValueError for what cannot be.
+    """
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
+    compilation.keep_programs(compilation.cache_folder())
+    # the call stack of every instruction is a fifth of a kept program
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    try:
+        job = prepare(parse(argv), " ".join([program, *argv]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        job = start(job)
+        run, rounds = learn(job)
+        publish(job, rounds | compare(job, run))
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: {program} --resume {job.out}", file=sys.stderr)
+        return 130
+    return 0
