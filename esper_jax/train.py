@@ -41,8 +41,8 @@ from esper_jax.env.environment import Grown, StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.run import devices
-from esper_jax.run.devices import EACH, SAME
-from esper_jax.trees import select, strong
+from esper_jax.run.devices import SHARDED, REPLICATED
+from esper_jax.trees import select, strip_weak_type
 from esper_jax.types import Action, Array, Controller, Masks
 
 # What a run's key is folded with, before the number of the policy, or those of the round and the environment.
@@ -206,9 +206,12 @@ def make_train(
                 # a newborn environment trains its first epoch before there is anything to decide
                 birth = t == 0
                 memory, action = select(birth, (memory, Action()), (thought, action))
-                new_state, new_obs, earned, done, info = env.step(jax.random.fold_in(step_key, t), state, action)
-                row = Rollout(obs.features, obs.masks, action, extras.log_prob, extras.value, earned, done, reset, info)
-                return (new_state, new_obs, memory, done), row
+                new_state, new_obs, earned, _, info = env.step(jax.random.fold_in(step_key, t), state, action)
+                terminal = info.discount == 0
+                row = Rollout(
+                    obs.features, obs.masks, action, extras.log_prob, extras.value, earned, terminal, reset, info
+                )
+                return (new_state, new_obs, memory, terminal), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))
             (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
@@ -283,7 +286,7 @@ def make_train(
         hypers = Hypers.from_config(cfg) if hypers is None else hypers
         hypers = jax.tree_util.tree_map_with_path(spread, hypers)
         policies = lax.map(one, each_policy(jax.random.fold_in(key, INIT_STREAM)))
-        return strong(RunState(jnp.int32(0), hypers, *policies))
+        return strip_weak_type(RunState(jnp.int32(0), hypers, *policies))
 
     def keys(key, number):
         round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number)
@@ -292,10 +295,12 @@ def make_train(
 
     names = (*rules, *LEARNED)
     programs = {
-        "rollout": devices.over_devices(rollout, mesh, (SAME, SAME, SAME, EACH), EACH),
-        "pay": devices.over_devices(pay, mesh, (SAME, EACH, EACH, EACH), EACH),
-        "learn": devices.over_devices(learn, mesh, (SAME, SAME, EACH), (SAME, EACH, SAME)),
-        "report": devices.over_devices(report, mesh, (SAME, EACH), EACH),
+        "rollout": devices.over_devices(rollout, mesh, (*[REPLICATED] * 3, SHARDED), SHARDED),
+        "pay": devices.over_devices(pay, mesh, (REPLICATED, SHARDED, SHARDED, SHARDED), SHARDED),
+        "learn": devices.over_devices(
+            learn, mesh, (REPLICATED, REPLICATED, SHARDED), (REPLICATED, SHARDED, REPLICATED)
+        ),
+        "report": devices.over_devices(report, mesh, (REPLICATED, SHARDED), SHARDED),
         "start": jax.jit(start),
         "keys": jax.jit(keys),
     }

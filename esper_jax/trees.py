@@ -15,7 +15,7 @@ def select(where: Array | bool, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(where, a, b), new, old)
 
 
-def strong(tree: Any) -> Any:
+def strip_weak_type(tree: Any) -> Any:
     """The same arrays with strong types, as compiled functions return them: a state that starts with weakly typed
     leaves would be compiled for a second time when it comes back."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), tree)

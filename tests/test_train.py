@@ -14,7 +14,7 @@ from esper_jax.control import baselines
 from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.env.reward import Course
 from esper_jax.run import devices
-from esper_jax.run.devices import EACH, SAME
+from esper_jax.run.devices import SHARDED, REPLICATED
 from esper_jax.train import Who, bind, make_train, round_of
 from esper_jax.types import Op
 
@@ -354,13 +354,13 @@ def test_shard_map_is_pmap():
     """The same body under both: bitwise the same numbers."""
     mesh = devices.make_mesh(4)
     weights, xs = jax.random.normal(jax.random.key(0), (3,)), jax.random.normal(jax.random.key(1), (2, 8, 3))
-    mapped = devices.over_devices(body, mesh, (SAME, EACH), (SAME, EACH))
+    mapped = devices.over_devices(body, mesh, (REPLICATED, SHARDED), (REPLICATED, SHARDED))
     new, out = mapped(weights, xs)
     pmapped = jax.pmap(lambda w, x: body(w, x, "env"), axis_name="env", in_axes=(None, 1), out_axes=(0, 1))
     p_new, p_out = pmapped(weights, xs.reshape(2, 4, 2, 3))  # two policies, on each device two of their environments
     assert all(np.array_equal(new, p_new[k]) for k in range(4)) and np.array_equal(out, p_out.reshape(2, 8))
     # one device: no axis, no collective, the same mathematics
-    alone = devices.over_devices(body, devices.make_mesh(1), (SAME, EACH), (SAME, EACH))
+    alone = devices.over_devices(body, devices.make_mesh(1), (REPLICATED, SHARDED), (REPLICATED, SHARDED))
     np.testing.assert_allclose(alone(weights, xs)[0], new, rtol=1e-6)
     assert not any(name in alone.lower(weights, xs).compile().as_text() for name in COLLECTIVES)
 

@@ -212,23 +212,23 @@ def snapshot(model: Any, slots: SlotState) -> Snapshot:
     return Snapshot(model=model, fossil=slots.stage == Stage.FOSSILIZED, slots=slots)
 
 
-def admit_fossils(kept: Snapshot, model: Any, slots: SlotState) -> Snapshot:
+def admit_fossils(last: Snapshot, model: Any, slots: SlotState) -> Snapshot:
     """Adds to a snapshot the fossils that it doesn't have, as they are now; the rest of it stays.
 
     To be called when a seed was fossilised, before it trains on: its variables have just been validated, and a
     rollback must neither lose it nor leave it diverged if this epoch's loss is not accepted.
     """
-    new = (slots.stage == Stage.FOSSILIZED) & ~kept.fossil
-    seeds = _select_seeds(new, model.seeds, kept.model.seeds)
+    new = (slots.stage == Stage.FOSSILIZED) & ~last.fossil
+    seeds = _select_seeds(new, model.seeds, last.model.seeds)
     return Snapshot(
-        model=kept.model.replace(seeds=seeds),
-        fossil=kept.fossil | new,
-        slots=select(new, slots, kept.slots),
+        model=last.model.replace(seeds=seeds),
+        fossil=last.fossil | new,
+        slots=select(new, slots, last.slots),
     )
 
 
 def rollback(
-    kept: Snapshot,
+    last: Snapshot,
     model: Any,
     slots: SlotState,
     panic: Array | bool = True,
@@ -242,10 +242,10 @@ def rollback(
     stays in memory. Empty and cooling slots, and a fossil unknown to the snapshot, stay as they are. Optimiser state
     is the caller's to clear.
     """
-    live = stages.is_active(slots.stage) & (slots.stage != Stage.FOSSILIZED) & ~kept.fossil
-    restored_slots = select(kept.fossil, kept.slots, prune(slots, live))
+    live = stages.is_active(slots.stage) & (slots.stage != Stage.FOSSILIZED) & ~last.fossil
+    restored_slots = select(last.fossil, last.slots, prune(slots, live))
     emptied = _select_seeds(live, jax.tree.map(jnp.zeros_like, model.seeds), model.seeds)
-    restored = model.replace(host=kept.model.host, seeds=_select_seeds(kept.fossil, kept.model.seeds, emptied))
+    restored = model.replace(host=last.model.host, seeds=_select_seeds(last.fossil, last.model.seeds, emptied))
     return select(panic, (restored, restored_slots), (model, slots))
 
 

@@ -10,7 +10,7 @@ from jax import lax
 
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import alpha
-from esper_jax.trees import select, strong
+from esper_jax.trees import select, strip_weak_type
 from esper_jax.types import AlphaAlgorithm, AlphaCurve, AlphaMode, Array, SeedMetrics, SlotState, Stage
 
 TRANSITIONS = {
@@ -93,7 +93,7 @@ def empty(n_slots: int) -> SlotState:
             **{name: zero for name in _FLOAT_METRICS}, **{name: no for name in _FLAGS}, contribution_age=count
         ),
     )
-    return strong(record)
+    return strip_weak_type(record)
 
 
 _FLOAT_METRICS = (

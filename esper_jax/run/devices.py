@@ -9,8 +9,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "env"
-EACH = PartitionSpec(None, AXIS)  # the second axis, environments, is split over the devices; the first is policies
-SAME = PartitionSpec()  # every device holds all of it
+SHARDED = PartitionSpec(None, AXIS)  # the second axis, environments, is split over the devices; the first is policies
+REPLICATED = PartitionSpec()  # every device holds all of it
 
 
 def make_mesh(devices: int) -> Mesh:
@@ -51,12 +51,12 @@ def over_devices(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> C
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The tree on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, SAME))
+    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
 
 
 def split(tree: Any, mesh: Mesh) -> Any:
     """Arrays [P, E, ...] with each device's share of the environments on it."""
-    return jax.device_put(tree, NamedSharding(mesh, EACH))
+    return jax.device_put(tree, NamedSharding(mesh, SHARDED))
 
 
 def mean_over_devices(tree: Any, axis_name: str | None) -> Any:

@@ -28,7 +28,7 @@ from esper_jax.env import host_training
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
 from esper_jax.run import devices
-from esper_jax.run.devices import EACH, SAME
+from esper_jax.run.devices import SHARDED, REPLICATED
 from esper_jax.train import over_environments
 from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, SlotState, Stage
 
@@ -107,14 +107,14 @@ def build(body: Callable, n_devices: int, in_specs: tuple, *args) -> Program:
     """
     mesh = devices.make_mesh(n_devices)
     args = _place(args, mesh, in_specs)
-    function = devices.over_devices(body, mesh, in_specs, EACH)
+    function = devices.over_devices(body, mesh, in_specs, SHARDED)
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     return Program(compiled, mesh, in_specs, time.perf_counter() - start)
 
 
 def _place(args: tuple, mesh, in_specs: tuple) -> tuple:
-    row = lambda arg, spec: jax.tree.map(lambda leaf: leaf[None], arg) if spec == EACH else arg
+    row = lambda arg, spec: jax.tree.map(lambda leaf: leaf[None], arg) if spec == SHARDED else arg
     put = lambda arg, spec: jax.device_put(row(arg, spec), NamedSharding(mesh, spec))
     return tuple(map(put, args, in_specs))
 
@@ -297,7 +297,7 @@ def train_program(bench: Bench, args: tuple, chunk: int, cfg: TrainingConfig) ->
         one = lambda env: host_training.train_epoch(*env, fetch, cfg)
         return over_environments(one, (models, optimisers, records, indices), chunk)
 
-    return build(body, bench.n_devices(args[-1].shape[0]), (SAME, *[EACH] * 4), *args)
+    return build(body, bench.n_devices(args[-1].shape[0]), (REPLICATED, *[SHARDED] * 4), *args)
 
 
 def bare(state) -> tuple[networks.Model, host_training.OptimiserState, SlotState]:
@@ -323,7 +323,7 @@ def env_epoch(bench: Bench, envs: int) -> Program:
         env = make_env(bench.cfg, dataset)
         return over_environments(lambda one: env.step(*one, Action()), (keys, states), chunk)
 
-    return build(body, bench.n_devices(envs), (SAME, EACH, EACH), *bench.epoch_args(empty(bench, envs)))
+    return build(body, bench.n_devices(envs), (REPLICATED, SHARDED, SHARDED), *bench.epoch_args(empty(bench, envs)))
 
 
 @functools.cache
@@ -333,9 +333,9 @@ def peaks(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     dtype = jnp.dtype(bench.cfg.training.compute_dtype)
     side, copied = bench.size.matrix, bench.size.copied
     matrices, vectors = jnp.ones((n, side, side), dtype), jnp.ones((n, copied), dtype)
-    product = build(lambda x, axis_name: lax.map(lambda a: a @ a, x[0])[None], n, (EACH,), matrices)
+    product = build(lambda x, axis_name: lax.map(lambda a: a @ a, x[0])[None], n, (SHARDED,), matrices)
     # several times over, so that fresh memory, which the system hands out page by page, is not what is measured
     again = lambda _, x: x * 0.5
-    copy = build(lambda x, axis_name: lax.fori_loop(0, COPIES, again, x), n, (EACH,), vectors)
+    copy = build(lambda x, axis_name: lax.fori_loop(0, COPIES, again, x), n, (SHARDED,), vectors)
     times = bench.measure({"product": product.bind(matrices), "copy": copy.bind(vectors)})
     return n * 2 * side**3 / times["product"], n * COPIES * 2 * copied * dtype.itemsize / times["copy"]

@@ -53,7 +53,7 @@ from esper_jax.lifecycle import masks
 from esper_jax.network import cnn, layers
 from esper_jax.network import model as networks
 from esper_jax.run import checkpoint, compilation, devices, records
-from esper_jax.run.devices import EACH, SAME
+from esper_jax.run.devices import SHARDED, REPLICATED
 from esper_jax.train import Metrics, over_environments, round_of
 from experiments.throughput import roofline
 from experiments.throughput.bench import (
@@ -248,13 +248,13 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
 
     states = uniform(bench, envs, "conv_light", n_slots)
     args = (bench.dataset, states.model, states.slots)
-    n, specs = bench.n_devices(envs), (SAME, EACH, EACH)
-    plain = build(forward, n, (*specs, SAME), *args, override[-1])
+    n, specs = bench.n_devices(envs), (REPLICATED, SHARDED, SHARDED)
+    plain = build(forward, n, (*specs, REPLICATED), *args, override[-1])
     each = [plain.bind(*args, alpha) for alpha in override]
     runs = {
         "forward": each[-1],
         "fused": build(fused, n, specs, *args).bind(*args),
-        "vmapped": build(vmapped, n, (*specs, SAME), *args, override).bind(*args, override),
+        "vmapped": build(vmapped, n, (*specs, REPLICATED), *args, override).bind(*args, override),
         "loop": lambda: [jax.block_until_ready(run()) for run in each],
     }
     times = bench.measure(runs)
@@ -310,7 +310,7 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     sample = max(e for e in bench.size.populations if e <= min(bench.size.largest_epoch, envs))
     args = bench.epoch_args(mixture(bench, sample))
     runs["epoch"] = env_epoch(bench, sample).bind(*args)
-    runs["feed"] = build(feed, bench.n_devices(sample), (SAME, EACH), *args[:2]).bind(*args[:2])
+    runs["feed"] = build(feed, bench.n_devices(sample), (REPLICATED, SHARDED), *args[:2]).bind(*args[:2])
 
     with tempfile.TemporaryDirectory() as folder:
         log = records.RoundLog(Path(folder) / "rounds")
@@ -345,13 +345,13 @@ def _pieces(bench: Bench, states) -> dict[str, Callable]:
         ),
         "masks": lambda s: masks.legal(s.slots, cfg.lifecycle),
     }
-    small = states.replace(model=None, optimiser=None, kept=None, governor=None, evaluation=None)
+    small = states.replace(model=None, optimiser=None, snapshot=None, governor=None, evaluation=None)
     decisions = jax.tree.map(lambda leaf: jnp.repeat(leaf, horizon, 0), small)
     chunk, n_devices = bench.chunk(cfg.n_envs), bench.n_devices(cfg.n_envs)
     runs = {}
     for name, fun in pieces.items():
         body = lambda xs, axis_name, fun=fun: over_environments(fun, xs, chunk)
-        runs[name] = build(body, n_devices, (EACH,), decisions).bind(decisions)
+        runs[name] = build(body, n_devices, (SHARDED,), decisions).bind(decisions)
     return runs
 
 

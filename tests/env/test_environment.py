@@ -222,6 +222,7 @@ def test_the_end_of_an_episode():
     steps = life()
     done = [bool(step.done) for step in steps]
     assert done == [False] * (T - 1) + [True] == column(steps, "episode_over").tolist()
+    assert [float(step.info.discount) for step in steps] == [1] * (T - 1) + [0]
     steps = shaped_lives()[0]
     last = steps[-1].info
     np.testing.assert_allclose(last.components.terminal, 0.05 * last.val_accuracy, rtol=1e-6)
@@ -444,7 +445,8 @@ def poisoned(state, value=jnp.nan):
 
 def check_panic(step, kept, reason):
     assert step.info.panic and step.info.panic_reason == reason and not step.info.accepted
-    assert step.reward == -10 and step.done and step.info.components.death_penalty == -10
+    assert step.info.discount == 0 and not step.done, "the episode goes on"
+    assert step.reward == -10 and step.info.components.death_penalty == -10
     assert zero(step.state.optimiser)
     assert tiny.equal(step.state.model.host, kept.model.host)
     assert np.isfinite(step.obs.features).all() and step.state.rollbacks == step.before.rollbacks + 1
@@ -454,15 +456,15 @@ def check_panic(step, kept, reason):
 
 def test_non_finite_host_is_rolled_back_and_goes_on():
     before = life()[5].state  # epoch 6, a seed in BLENDING; the snapshot is of epoch 5
-    assert before.kept.slots.stage[0] == S.BLENDING and before.epoch == 6
+    assert before.snapshot.slots.stage[0] == S.BLENDING and before.epoch == 6
     step = tiny.forward(poisoned(before), tiny.keys(0)[6])
-    check_panic(step, before.kept, PanicReason.NON_FINITE)
+    check_panic(step, before.snapshot, PanicReason.NON_FINITE)
     assert not np.isfinite(step.info.val_loss)
     chex.assert_trees_all_equal(shaped([step])[0].info.components, step.info.components)  # in every mode
     # the seed that was not fossilised is gone, into cooldown; nobody pruned it
     assert step.state.slots.stage[0] == S.PRUNED and zero(step.state.model.seeds) and step.state.pruned == 0
     after = tiny.forward(step.state, tiny.keys(0)[7])
-    assert after.info.accepted and not after.done and np.isfinite(after.info.val_loss) and after.reward > -10
+    assert after.info.accepted and after.info.discount == 1 and np.isfinite(after.info.val_loss) and after.reward > -10
     assert after.info.stage[0] == S.EMBARGOED
     # the history goes on without the bad loss
     assert after.state.governor.history[-2] == before.governor.history[-1]
@@ -471,11 +473,11 @@ def test_non_finite_host_is_rolled_back_and_goes_on():
 def test_a_fossil_comes_back():
     steps = life()
     before = steps[8].state  # fossilised at epoch 8
-    assert before.kept.fossil.tolist() == [True, False]
+    assert before.snapshot.fossil.tolist() == [True, False]
     seeds = tuple(seed.replace(params=jnp.full_like(seed.params, jnp.nan)) for seed in before.model.seeds)
     step = tiny.forward(before.replace(model=before.model.replace(seeds=seeds)), tiny.keys(0)[9])
-    check_panic(step, before.kept, PanicReason.NON_FINITE)
-    assert step.info.stage[0] == S.FOSSILIZED and tiny.equal(step.state.model.seeds[0], before.kept.model.seeds[0])
+    check_panic(step, before.snapshot, PanicReason.NON_FINITE)
+    assert step.info.stage[0] == S.FOSSILIZED and tiny.equal(step.state.model.seeds[0], before.snapshot.model.seeds[0])
     assert np.isfinite(step.state.model.seeds[0].params).all()
 
 
@@ -484,7 +486,7 @@ def test_divergence_panics_at_the_third_loss_in_a_row():
     state, steps = waits()[7].state, []
     params = state.model.host.params
     broken = params.replace(kernel=params.kernel * 1e4)
-    kept = state.kept
+    kept = state.snapshot
     for t in range(8, 12):
         # broken anew in every epoch, whatever training makes of it
         if t < 11:
@@ -510,7 +512,7 @@ def test_a_host_that_forgot_everything_is_a_lobotomy():
     state = state.replace(governor=state.governor.replace(history=jnp.full(6, 0.3, jnp.float32)))
     step = tiny.forward(poisoned(state, 0.0), tiny.keys(0)[8])
     np.testing.assert_allclose(step.info.val_loss, math.log(3), rtol=0.065)
-    check_panic(step, state.kept, PanicReason.LOBOTOMY)
+    check_panic(step, state.snapshot, PanicReason.LOBOTOMY)
 
 
 def test_a_rollback_changes_the_data_that_follow():
@@ -521,10 +523,11 @@ def test_a_rollback_changes_the_data_that_follow():
 
 
 def test_snapshots_are_taken_on_the_cadence_and_at_a_fossilisation():
-    taken = lambda steps: [t + 1 for t in range(1, T) if not tiny.equal(steps[t].state.kept, steps[t - 1].state.kept)]
+    snapshot = lambda steps, t: steps[t].state.snapshot
+    taken = lambda steps: [t + 1 for t in range(1, T) if not tiny.equal(snapshot(steps, t), snapshot(steps, t - 1))]
     assert taken(waits()) == [5, 10, 15]
     assert taken(life()) == [5, 8, 10, 15]  # fossilised in the eighth epoch
-    assert tiny.equal(life()[7].state.kept.model, life()[7].state.model)
+    assert tiny.equal(life()[7].state.snapshot.model, life()[7].state.model)
 
 
 # --- contract ---

@@ -44,7 +44,7 @@ def test_a_nan_in_one_environment_leaves_the_others_bitwise_alone():
     assert info.panic.tolist() == done.tolist() == [False, True, False, False] and reward[1] == -10
     assert state.slots.stage[:, 0].tolist() == [Stage.TRAINING, Stage.PRUNED, Stage.TRAINING, Stage.TRAINING]
     assert zero(rows(state.optimiser, 1)) and not zero(rows(state.optimiser, 0))
-    assert tiny.equal(rows(state.model.host, 1), rows(state.kept.model.host, 1))
+    assert tiny.equal(rows(state.model.host, 1), rows(state.snapshot.model.host, 1))
 
     # all four go on
     expected, found = step(keys, expected[0], everyone()), step(keys, state, everyone())

@@ -1,0 +1,415 @@
+"""The parts of one epoch of an environment, in the order in which `environment.step` composes them.
+
+Every function takes a `Setting` first: what an environment is bound to. None of them knows that there are other
+environments. Axis letters: S slots, K alpha configurations, T epochs of an episode.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from esper_jax.config import Config
+from esper_jax.data import Dataset, Split, epoch_batches, normalise, train_batch
+from esper_jax.env import attribution, evaluation, governor, host_training, reward, tracker
+from esper_jax.env.attribution import Attribution
+from esper_jax.env.evaluation import Evaluation
+from esper_jax.env.governor import Verdict
+from esper_jax.env.host_training import EpochMetrics
+from esper_jax.env.reward import RewardComponents, RewardWeights
+from esper_jax.env.state import EnvState, StepInfo
+from esper_jax.lifecycle import masks, operations, stages
+from esper_jax.lifecycle.operations import Outcome
+from esper_jax.network import blend, cnn, seed_bank
+from esper_jax.network import model as networks
+from esper_jax.network.blueprints import Blueprint
+from esper_jax.network.model import Model
+from esper_jax.trees import select, strip_weak_type
+from esper_jax.types import Action, Array, Masks, Op, SlotState, Stage
+
+
+@struct.dataclass
+class Setting:
+    """What an environment is bound to; data and weights may be traced."""
+
+    dataset: Dataset
+    weights: RewardWeights
+    cfg: Config = struct.field(pytree_node=False)
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.cfg.host.slot_names)
+
+    @property
+    def kinds(self) -> tuple[Blueprint, ...]:
+        """What the numbers of the seeds' kinds stand for."""
+        return seed_bank.table(tuple(self.cfg.lifecycle.blueprints))
+
+    @property
+    def configurations(self) -> np.ndarray:
+        """bool[K, S]: the on/off patterns that are measured."""
+        return attribution.configurations(self.n_slots)
+
+    @property
+    def random_guess_loss(self) -> float:
+        """Nats of a uniform guess: ln(number of classes)."""
+        return math.log(len(self.dataset.classes))
+
+    @property
+    def fine(self) -> RewardComponents:
+        """What a rollback is paid."""
+        return reward.death(self.cfg.governor.death_penalty, self.cfg.reward.clip)
+
+
+class Change(NamedTuple):
+    """What a step did, from which its reward follows."""
+
+    action: Action  # as requested
+    outcome: Outcome
+    attribution: Attribution
+    verdict: Verdict
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(setting: Setting, model: Model, slots: SlotState, split: Split) -> Evaluation:
+    """One pass over a split under all on/off configurations."""
+    training = setting.cfg.training
+    prepare = lambda images: normalise(setting.dataset, images).astype(training.compute_dtype)
+    return evaluation.evaluate(model, slots, split.images, split.labels, prepare, tile_pixels=training.tile_pixels)
+
+
+def seed_params(setting: Setting, slots: SlotState) -> Array:
+    """i32[S]: parameters of the seed in each slot, with its gate."""
+    number = seed_bank.kind_of(slots.blueprint, tuple(setting.cfg.lifecycle.blueprints))
+    sizes = [
+        jnp.asarray(seed_bank.param_counts(setting.kinds, w))[number[s]] + blend.gate_size(w) * slots.has_gate[s]
+        for s, w in enumerate(setting.cfg.host.slot_widths)
+    ]
+    return jnp.where(stages.is_active(slots.stage), jnp.stack(sizes), 0)
+
+
+def relative_sizes(setting: Setting, state: EnvState) -> tuple[Array, Array]:
+    """f32[] twice: parameters with the seeds that are blended in, and with the fossils, relative to the host's."""
+    added, host = seed_params(setting, state.slots), cnn.param_count(state.model.host)
+    live = networks.live_slots(state.model, state.slots)
+    fossil = state.slots.stage == Stage.FOSSILIZED
+    relative = lambda there: 1.0 + jnp.where(there, added, 0).sum() / host
+    return relative(live), relative(fossil)
+
+
+# --- the newborn -----------------------------------------------------------------------------------------------------
+
+
+def newborn(setting: Setting, key: Array) -> EnvState:
+    """A new host with empty slots, before its first epoch."""
+    cfg, dataset, n_slots = setting.cfg, setting.dataset, setting.n_slots
+    classes, channels = len(dataset.classes), dataset.train.images.shape[-1]
+    offered = tuple(cfg.lifecycle.blueprints)
+    model = networks.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
+    slots = stages.empty(n_slots)
+    guess, guess_loss = 100.0 / classes, setting.random_guess_loss
+    tracker_state = tracker.init(cfg.tracker)
+    _, signals = tracker.update(
+        tracker_state,
+        cfg=cfg.tracker,
+        epoch=0,
+        train_loss=guess_loss,
+        train_accuracy=guess,
+        val_loss=guess_loss,
+        val_accuracy=guess,
+        available_slots=n_slots,
+    )
+    signals = signals.replace(history_valid=jnp.zeros_like(signals.history_valid))
+    unmeasured = Evaluation(
+        loss=jnp.float32(guess_loss),
+        accuracy=jnp.float32(guess),
+        table=jnp.full(len(setting.configurations), guess),
+        committed=jnp.float32(guess),
+        committed_loss=jnp.float32(guess_loss),
+        per_class=jnp.full(classes, guess),
+        per_class_valid=jnp.zeros(classes, bool),
+    )
+    none = jnp.int32(0)
+    state = EnvState(
+        epoch=none,
+        model=model,
+        optimiser=host_training.init(model, cfg.training),
+        slots=slots,
+        governor=governor.init(cfg.governor),
+        snapshot=governor.snapshot(model, slots),
+        tracker=tracker_state,
+        signals=signals,
+        evaluation=unmeasured,
+        improvement=jnp.float32(0),
+        improvement_valid=jnp.bool_(False),
+        last_op=jnp.int32(Op.WAIT),
+        last_success=jnp.bool_(True),
+        rollbacks=none,
+        germinated=none,
+        fossilised=none,
+        contributing_fossils=none,
+        pruned=none,
+    )
+    return strip_weak_type(state)
+
+
+# --- one epoch -------------------------------------------------------------------------------------------------------
+
+
+def legal_actions(setting: Setting, state: EnvState) -> Masks:
+    """What may be asked for now; before the first epoch only WAIT."""
+    return masks.legal(state.slots, setting.cfg.lifecycle, allowed=state.epoch > 0)
+
+
+def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[EnvState, Outcome]:
+    """Executes the action and ticks the slots; an action that is not legal changes nothing."""
+    cfg = setting.cfg
+    permitted = masks.permits(legal_actions(setting, state), action)
+    request = operations.decode(action)
+    request = request.replace(op=jnp.where(permitted, action.op, Op.WAIT))
+    after, outcome = operations.execute(state.slots, request, state.evaluation.accuracy, cfg.lifecycle)
+    outcome = outcome.replace(legal=outcome.legal & permitted, success=outcome.success & permitted)
+
+    seeds = []
+    number = seed_bank.kind_of(request.blueprint, tuple(cfg.lifecycle.blueprints))
+    for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True)):
+        seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
+        fresh = seed_bank.germinate(seed_key, setting.kinds, w, number)
+        params = jnp.where(outcome.germinated[s], fresh, seed.params)
+        gate = jnp.where(outcome.gate_created[s], blend.gate_init(gate_key, w), seed.gate)
+        seeds.append(seed.replace(params=params, gate=gate))
+    model = state.model.replace(seeds=tuple(seeds))
+    optimiser = host_training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
+    # a seed's weights were validated just before it was fossilised: keep them as they are now
+    snapshot = lax.cond(
+        outcome.op == Op.FOSSILIZE,
+        governor.admit_fossils,
+        lambda snapshot, model, slots: snapshot,
+        state.snapshot,
+        model,
+        after,
+    )
+    after = stages.tick(after, cfg.lifecycle)
+    return state.replace(model=model, optimiser=optimiser, slots=after, snapshot=snapshot), outcome
+
+
+def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, EpochMetrics]:
+    """One epoch. A rollback changes the data order of what follows, or the same batches would break it again."""
+    dataset, cfg = setting.dataset, setting.cfg.training
+    order_key, augment_key = jax.random.split(jax.random.fold_in(key, state.rollbacks))
+    train_size = dataset.train.labels.shape[0]
+    indices = epoch_batches(order_key, train_size, cfg.batches_per_epoch, cfg.batch_size)
+    keys = jax.random.split(augment_key, cfg.batches_per_epoch)
+    fetch = lambda batch: train_batch(batch[0], dataset, batch[1])
+    model, optimiser, metrics = host_training.train_epoch(
+        state.model, state.optimiser, state.slots, (keys, indices), fetch, cfg
+    )
+    host_params = cnn.param_count(model.host)
+    state = state.replace(model=model, optimiser=optimiser, epoch=state.epoch + 1)
+    return state.replace(slots=host_training.record_gradients(state.slots, metrics, host_params)), metrics
+
+
+def apply_verdict(
+    setting: Setting, state: EnvState, measured: Evaluation, new_fossil: Array
+) -> tuple[EnvState, Verdict]:
+    """The governor's verdict on an epoch and its consequences: a snapshot, or a rollback to the last one.
+
+    Args:
+      new_fossil: bool[] a seed was fossilised in this step.
+    """
+    cfg = setting.cfg.governor
+    governor_state, verdict = governor.check(
+        state.governor, measured.loss, cfg=cfg, random_guess_loss=setting.random_guess_loss
+    )
+    due = verdict.accepted & ((state.epoch % cfg.snapshot_epochs == 0) | new_fossil)
+    renew = lambda snapshot, model, slots: governor.snapshot(model, slots)
+    snapshot = lax.cond(due, renew, lambda snapshot, model, slots: snapshot, state.snapshot, state.model, state.slots)
+    model, restored = lax.cond(
+        verdict.panic,
+        governor.rollback,
+        lambda snapshot, model, slots: (model, slots),
+        snapshot,
+        state.model,
+        state.slots,
+    )
+    nobody = jnp.zeros(setting.n_slots, bool)
+    state = state.replace(
+        governor=select(verdict.panic, governor.after_rollback(governor_state), governor_state),
+        snapshot=snapshot,
+        model=model,
+        slots=restored,
+        optimiser=host_training.reset_momentum(state.optimiser, nobody, nobody, everything=verdict.panic),
+        rollbacks=state.rollbacks + verdict.panic,
+    )
+    return state, verdict
+
+
+def record(
+    setting: Setting,
+    state: EnvState,
+    measured: Evaluation,
+    found: Attribution,
+    metrics: EpochMetrics,
+    verdict: Verdict,
+) -> EnvState:
+    """Seed metrics, tracker and attribution. A loss that was not accepted leaves them as they were."""
+    accepted = verdict.accepted
+    last = select(accepted, measured, state.evaluation)
+    seen = stages.record_contribution(state.slots, found.contribution, found.contribution_valid & accepted)
+    m = seen.metrics
+    seen = seen.replace(
+        metrics=m.replace(
+            interaction_sum=jnp.where(accepted, found.interaction_sum, m.interaction_sum),
+            boost_received=jnp.where(accepted, found.boost, m.boost_received),
+            interaction_valid=jnp.where(accepted, found.interaction_valid, m.interaction_valid),
+        )
+    )
+    seen = stages.record_accuracy(seen, last.accuracy)
+    tracker_state, signals = tracker.update(
+        state.tracker,
+        cfg=setting.cfg.tracker,
+        epoch=state.epoch,
+        train_loss=metrics.loss,
+        train_accuracy=metrics.accuracy,
+        val_loss=jnp.where(accepted, measured.loss, jnp.nan),  # the tracker skips what is not finite
+        val_accuracy=measured.accuracy,
+        available_slots=(seen.stage == Stage.DORMANT).sum(),
+    )
+    known = accepted & found.total_improvement_valid
+    return state.replace(
+        slots=select(verdict.panic, state.slots, seen),
+        tracker=tracker_state,
+        signals=signals,
+        evaluation=last,
+        improvement=jnp.where(known, found.total_improvement, state.improvement),
+        improvement_valid=known | state.improvement_valid,
+    )
+
+
+# --- reward ----------------------------------------------------------------------------------------------------------
+
+
+def transition_reward(
+    setting: Setting, before: EnvState, after: EnvState, change: Change
+) -> tuple[RewardComponents, Array]:
+    """Reward of the transition that was realised, and whether it added a contributing fossil, bool[]."""
+    action, outcome, found, verdict = change
+    old = before.slots
+    has_seed = stages.is_active(old.stage)
+    accuracy = after.evaluation.accuracy
+    measured_now = found.contribution_valid & verdict.accepted
+    contributing = reward.is_contributing(outcome.op, after.improvement, after.improvement_valid)
+    inputs = reward.RewardInputs(
+        requested_op=action.op,
+        succeeded=outcome.success,
+        slot=action.slot,
+        has_seed=has_seed,
+        stage=old.stage,
+        epochs_in_stage=old.epochs_in_stage,
+        seed_age=old.epochs_total,
+        contribution=jnp.where(measured_now, found.contribution, old.metrics.contribution),
+        contribution_valid=measured_now | old.metrics.contribution_valid,
+        germination_accuracy=old.metrics.germination_accuracy,
+        germination_accuracy_valid=has_seed,
+        stage_improvement=accuracy - old.metrics.stage_start_accuracy,
+        stage_improvement_valid=has_seed & (old.epochs_total > 0),
+        interaction_sum=found.interaction_sum,
+        interaction_valid=found.interaction_valid & verdict.accepted,
+        total_improvement=after.improvement,
+        total_improvement_valid=after.improvement_valid & has_seed.any(),
+        val_accuracy=accuracy,
+        committed_accuracy=after.evaluation.committed,
+        contributing_fossils=before.contributing_fossils + contributing,
+        terminal=after.epoch >= setting.cfg.training.epochs,
+        host_params=jnp.float32(cnn.param_count(before.model.host)),
+        slot_stage=after.slots.stage,
+        slot_epochs_in_stage=after.slots.epochs_in_stage,
+        slot_alpha=after.slots.alpha.alpha,
+        slot_params=seed_params(setting, after.slots).astype(jnp.float32),
+        previous_potential=reward.potential(old.stage, old.epochs_in_stage),
+        previous_alpha=jnp.where(has_seed, old.alpha.alpha, 0.0),
+        previous_params=seed_params(setting, old).astype(jnp.float32),
+    )
+    components = reward.reward(inputs, setting.weights, setting.cfg.reward.mode, setting.cfg.reward.attribution)
+    return select(verdict.panic, setting.fine, components), contributing
+
+
+def own_progress(setting: Setting, before: EnvState, info: StepInfo) -> RewardComponents:
+    """The reward `paired` as far as one environment knows it: the fall of its own loss instead of the gain over a twin,
+    whose part no action changes. Where environments are mapped the twin is known (`reward.paired`), and so is the size
+    at the last accepted epoch, which here is that of the state before the step."""
+    blended, committed = relative_sizes(setting, before)
+    earlier = info.replace(
+        val_loss=before.evaluation.loss,
+        committed_loss=before.evaluation.committed_loss,
+        blended_size=blended,
+        committed_size=committed,
+        accepted=jnp.bool_(True),
+        panic=jnp.bool_(False),
+        episode_over=jnp.bool_(False),
+    )
+    both = jax.tree.map(lambda *rows: jnp.stack(rows), reward.Course.of(earlier), reward.Course.of(info))
+    components = reward.paired(both, jnp.zeros(2), setting.weights, setting.fine)
+    return jax.tree.map(lambda leaf: leaf[1], components)
+
+
+# --- what is reported ------------------------------------------------------------------------------------------------
+
+
+def describe(
+    setting: Setting,
+    state: EnvState,
+    change: Change,
+    measured: Evaluation,
+    metrics: EpochMetrics,
+    sizes: tuple[Array, Array],
+    components: RewardComponents,
+) -> StepInfo:
+    """What happened in a step that ended in `state`; `sizes` are `relative_sizes` before the governor's verdict."""
+    action, outcome, found, verdict = change
+    blended, committed = sizes
+    return StepInfo(
+        requested_op=action.op,
+        op=outcome.op,
+        slot=action.slot,
+        legal=outcome.legal,
+        success=outcome.success,
+        gate_level=outcome.gate_level,
+        gate_passed=outcome.gate_passed,
+        train_loss=metrics.loss,
+        train_accuracy=metrics.accuracy,
+        val_loss=measured.loss,
+        val_accuracy=measured.accuracy,
+        accepted=verdict.accepted,
+        panic=verdict.panic,
+        panic_reason=verdict.reason,
+        table=measured.table,
+        committed_accuracy=measured.committed,
+        committed_loss=measured.committed_loss,
+        per_class=measured.per_class,
+        stage=state.slots.stage,
+        alpha=state.slots.alpha.alpha,
+        blueprint=jnp.where(stages.is_active(state.slots.stage), state.slots.blueprint, -1),
+        contribution=found.contribution,
+        contribution_valid=found.contribution_valid,
+        shapley=found.shapley,
+        shapley_valid=found.shapley_valid,
+        interaction=found.interaction_sum,
+        interaction_valid=found.interaction_valid,
+        gradient_ratio=state.slots.metrics.gradient_ratio,
+        gradient_health=state.slots.metrics.gradient_health,
+        gradient_valid=state.slots.metrics.gradient_valid,
+        params=cnn.param_count(state.model.host) + seed_params(setting, state.slots).sum(),
+        blended_size=blended,
+        committed_size=committed,
+        components=components,
+        episode_over=state.epoch >= setting.cfg.training.epochs,
+    )
