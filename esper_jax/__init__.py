@@ -9,11 +9,12 @@ import importlib
 
 _HOMES = {
     "Config": "esper_jax.config",
+    "make": "esper_jax.gym",
     "make_env": "esper_jax.env.environment",
     "make_train": "esper_jax.train",
 }
 
-__all__ = ["Config", "make_env", "make_train", "presets"]
+__all__ = ["Config", "make", "make_env", "make_train", "presets"]
 
 
 def __getattr__(name: str):
