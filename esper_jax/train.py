@@ -14,6 +14,20 @@ devices, and shows all its policies the same environments. All controllers, lear
 rollout: which one acts in an episode is an argument. So does the *twin* that the reward `paired` compares with: the
 same environment under `never`, played beside the policies' episodes.
 
+Keys (`/ x` is `fold_in(x)`, `| a b` a split into a and b):
+
+    key(seed)
+      / INIT_STREAM / policy                      parameters of a policy
+      / ROUND_STREAM / round   | env learn
+          env / environment    | host step act
+            host                                  initial parameters of the host
+            step / epoch       | germination train
+              germination / slot | seed gate      parameters of a new seed and its gate
+              train / rollbacks  | order augment  batches and their augmentation
+            act / policy / epoch                  what a controller draws
+          learn / policy                          minibatches of an update
+      / COMPARE_STREAM                            env of the comparison, as above
+
 Axis letters: P policies, G rows of episodes (the policies, and the twin if there is one), E environments, T epochs of
 an episode, S slots, D features.
 """
