@@ -8,15 +8,49 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS, Op
+
+_TRANSFORMER_BLUEPRINTS = ("lora", "lora_large", "mlp_small", "mlp", "flex_attention")  # in the heads, of no CNN
+_MOST_INT = 2**31 - 1  # all that is computed is int32 and float32
+_MOST_FLOAT = (2 - 2**-23) * 2.0**127
+
+
+class Range(NamedTuple):
+    """Bounds of the numbers in a field: `low` and `high` may be taken, `above` and `below` may not."""
+
+    low: float = -math.inf
+    above: float = -math.inf
+    high: float = math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """How a message says it; empty without bounds."""
+        if self == Range():
+            return ""
+        if self == Range(low=self.low):
+            return f"at least {self.low}"
+        if self == Range(above=self.above):
+            return f"greater than {self.above}"
+        least = f"({self.above}" if self.above > self.low else f"[{self.low}"
+        most = f"{self.below})" if self.below < self.high else f"{self.high}]"
+        return f"in {least}, {most}"
+
+
+def number(default: Any, **bounds: float) -> Any:
+    """A field of a number, or of a tuple of them, with the bounds of a `Range`; the annotation says of which type."""
+    return field(default=default, metadata={"range": Range(**bounds)})
 
 
 def _require(condition: bool, where: object, name: str, allowed: str) -> None:
@@ -25,36 +59,76 @@ def _require(condition: bool, where: object, name: str, allowed: str) -> None:
         raise ValueError(f"{type(where).__name__}.{name} = {value!r}: must be {allowed}")
 
 
-def _require_positive(where: object, *names: str) -> None:
-    for name in names:
-        _require(getattr(where, name) > 0, where, name, "greater than 0")
+_hints = functools.cache(get_type_hints)
 
 
-def _require_finite(where: object) -> None:
-    """No field of numbers holds an infinite one or none."""
+def _check(where: object) -> None:
+    """Type, finiteness and bounds of every field of a configuration; whole numbers in a field of floats become floats.
+
+    Raises ValueError naming class, field, value and what is allowed. Whatever concerns two fields is the class's own.
+    """
     for field_ in dataclasses.fields(where):
-        value = getattr(where, field_.name)
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
-        _require(all(map(math.isfinite, numbers)), where, field_.name, "finite")
+        annotation, value = _hints(type(where))[field_.name], getattr(where, field_.name)
+        allowed = _fault(annotation, value, field_.metadata.get("range", Range()))
+        _require(allowed is None, where, field_.name, allowed)
+        if annotation == tuple[float, ...]:
+            object.__setattr__(where, field_.name, tuple(map(float, value)))
+        elif float in _kinds(annotation) and value is not None:
+            object.__setattr__(where, field_.name, float(value))
 
 
-def _require_choices(where: object) -> None:
-    """Every `Literal` field holds one of its choices."""
-    for name, annotation in get_type_hints(type(where)).items():
-        if get_origin(annotation) is Literal:
-            choices = get_args(annotation)
-            _require(getattr(where, name) in choices, where, name, "one of " + ", ".join(map(str, choices)))
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """The types of `int` and `int | None`."""
+    return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+
+
+def _fault(annotation: Any, value: Any, bounds: Range) -> str | None:
+    """What a field must be, if `value` is not that."""
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return None if value in choices else "one of " + ", ".join(map(str, choices))
+    several = get_origin(annotation) is tuple
+    kind, *none = get_args(annotation)[:1] if several else _kinds(annotation)
+    if none and value is None:
+        return None
+    or_none = " or none" if none else ""
+    entries = value if several else (value,)
+    if not (isinstance(entries, tuple) and all(_is_a(kind, entry) for entry in entries)):
+        limits = f", {bounds}" if str(bounds) else ""
+        return f"a tuple of {kind.__name__}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
+    if kind not in (int, float):
+        return None
+    if kind is float and not all(abs(entry) <= _MOST_FLOAT for entry in entries):  # nor is NaN
+        return "finite" + (f" and {bounds}" if str(bounds) else "") + or_none
+    if not all(map(bounds.holds, entries)):
+        return f"{bounds}{or_none}"
+    if kind is int and bounds.high == math.inf and any(abs(entry) > _MOST_INT for entry in entries):
+        return f"at most {_MOST_INT}{or_none}"
+    return None
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Of the type of a field: True is no number, a whole number does for a float, 2.0 does not for an int."""
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _require_names(where: object, name: str, known: Iterable[str], allowed: str) -> None:
+    """A tuple of known names, each at most once."""
+    names = getattr(where, name)
+    _require(set(names) <= set(known) and len(set(names)) == len(names), where, name, allowed)
 
 
 @dataclass(frozen=True)
 class HostConfig:
     """The network that is grown: blocks of convolution, BatchNorm, ReLU and (in the first `pool_layers`) max-pool."""
 
-    n_blocks: int = 3
+    n_blocks: int = number(3, low=2, high=16)
     """number of blocks; the channels double from one to the next"""
-    base_channels: int = 8
+    base_channels: int = number(8, above=0)
     """channels of the first block"""
-    pool_layers: int = 3
+    pool_layers: int = number(3, low=0)
     """how many of the first blocks end in a 2x2 max-pool"""
     kernel_size: int = 3
     """kernel of the convolutions, odd"""
@@ -62,13 +136,10 @@ class HostConfig:
     """boundaries that carry a slot, such as r0c0 r0c2; empty means after every block"""
 
     def __post_init__(self):
-        _require(self.n_blocks >= 2, self, "n_blocks", "at least 2")
-        _require_positive(self, "base_channels")
-        _require(self.pool_layers >= 0, self, "pool_layers", "at least 0")
+        _check(self)
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, self, "kernel_size", "odd and positive")
         boundaries = [f"r0c{i}" for i in range(self.n_blocks)]
-        known = all(slot in boundaries for slot in self.slots) and len(set(self.slots)) == len(self.slots)
-        _require(known, self, "slots", f"different boundaries out of {', '.join(boundaries)}")
+        _require_names(self, "slots", boundaries, f"different boundaries out of {', '.join(boundaries)}")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -97,77 +168,67 @@ class DataConfig:
     """folder that holds the CIFAR-10 files (official binary or python layout)"""
     image_size: int | None = None
     """downsample the images by averaging to this size: 8, 16 or 32; none keeps them as they are"""
-    train_limit: int | None = None
+    train_limit: int | None = number(None, above=0)
     """use only the first N training images (after the validation split)"""
-    validation_size: int = 2500
+    validation_size: int = number(2500, above=0)
     """images held out of the training set; controller, reward, governor and gates see only these"""
-    test_limit: int | None = None
+    test_limit: int | None = number(None, above=0)
     """use only the first N report-test images"""
     augment: bool = True
     """random crop (pad 4 pixels of 32) and horizontal flip; never on digits"""
 
     def __post_init__(self):
-        _require_choices(self)
+        _check(self)
         _require(self.image_size in (None, 8, 16, 32), self, "image_size", "8, 16, 32 or none")
-        _require_positive(self, "validation_size")
-        for name in ("train_limit", "test_limit"):
-            _require(getattr(self, name) is None or getattr(self, name) > 0, self, name, "greater than 0 or none")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a host and its seeds are trained. SGD with momentum; lr and decay as in the reference."""
 
-    epochs: int = 25
+    epochs: int = number(25, low=2)
     """epochs of an episode (T); the first one is part of `reset`, so an episode has T - 1 decisions"""
-    batches_per_epoch: int = 24
-    batch_size: int = 512
-    host_lr: float = 0.01
-    seed_lr: float = 0.01
-    momentum: float = 0.9
-    host_weight_decay: float = 5e-4
-    clip_norm: float | None = 1.0
+    batches_per_epoch: int = number(24, above=0)
+    batch_size: int = number(512, above=0)
+    host_lr: float = number(0.01, above=0)
+    seed_lr: float = number(0.01, above=0)
+    momentum: float = number(0.9, low=0, below=1)
+    host_weight_decay: float = number(5e-4, low=0)
+    clip_norm: float | None = number(1.0, above=0)
     """largest gradient norm; none switches clipping off"""
     clip_scope: Literal["separate", "joint"] = "separate"
     """separate: host and each seed have a budget of their own; joint: one norm over everything"""
     train_fossilised: bool = True
     """fossilised seeds go on training"""
-    telemetry_stride: int = 10
+    telemetry_stride: int = number(10, above=0)
     """gradient statistics are taken at every k-th batch of an epoch"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of convolutions and features; parameters, statistics and losses stay float32"""
-    tile_pixels: int = 32_768
+    tile_pixels: int = number(32_768, low=0)
     """images are processed together up to so many pixels, to fit a CPU's cache; 0 takes the whole batch (GPU)"""
 
     def __post_init__(self):
-        _require_choices(self)
-        _require_finite(self)
-        _require(self.epochs >= 2, self, "epochs", "at least 2")
-        _require_positive(self, "batches_per_epoch", "batch_size", "host_lr", "seed_lr", "telemetry_stride")
-        _require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
-        _require(self.host_weight_decay >= 0, self, "host_weight_decay", "at least 0")
-        _require(self.clip_norm is None or self.clip_norm > 0, self, "clip_norm", "greater than 0 or none")
-        _require(self.tile_pixels >= 0, self, "tile_pixels", "at least 0")
+        _check(self)
 
 
 @dataclass(frozen=True)
 class LifecycleConfig:
     permissive_gates: bool = True
     """quality gates ask only for what is needed to go on, not for measured improvement"""
-    min_training_epochs: int = 1
+    min_training_epochs: int = number(1, low=0)
     """permissive: epochs in TRAINING before BLENDING"""
-    strict_min_epochs: int = 3
+    strict_min_epochs: int = number(3, low=0)
     """strict: epochs in TRAINING before BLENDING and in BLENDING before HOLDING"""
-    strict_min_improvement: float = 0.5
+    strict_min_improvement: float = number(0.5, low=-100, high=100)
     """strict: percentage points gained in TRAINING before BLENDING"""
-    strict_gradient_ratio: float = 0.10
+    strict_gradient_ratio: float = number(0.10, low=0)
     """strict: seed/host gradient ratio before BLENDING"""
-    strict_min_contribution: float = 1.0
+    strict_min_contribution: float = number(1.0, low=-100, high=100)
     """strict: percentage points contributed before FOSSILIZED"""
-    min_prune_age: int = 1
+    min_prune_age: int = number(1, low=0)
     """epochs a seed must have been measured before it may be pruned"""
-    embargo_epochs: int = 5
-    max_seeds: int = 0
+    embargo_epochs: int = number(5, above=0)
+    max_seeds: int = number(0, low=0)
     """seeds alive or fossilised at one time; 0 is unlimited"""
     sequential: bool = False
     """no germination while another slot is germinated, training or cooling down (the later reference's rule)"""
@@ -177,47 +238,45 @@ class LifecycleConfig:
     """seed modules that may be germinated; noop is never offered"""
 
     def __post_init__(self):
-        _require(self.min_prune_age >= 0, self, "min_prune_age", "at least 0")
-        _require(self.max_seeds >= 0, self, "max_seeds", "at least 0")
-        _require_positive(self, "embargo_epochs")
-        known = all(name in BLUEPRINTS for name in self.blueprints) and set(self.blueprints) - {"noop"}
-        _require(bool(known), self, "blueprints", f"one or more of {', '.join(BLUEPRINTS[1:])}")
+        _check(self)
+        # read now, since blueprints can be registered
+        allowed = f"one or more of {', '.join(BLUEPRINTS[1:])}, each once"
+        _require_names(self, "blueprints", BLUEPRINTS, allowed)
+        _require(bool(set(self.blueprints) - {"noop"}), self, "blueprints", allowed)
 
 
 @dataclass(frozen=True)
 class GovernorConfig:
-    sensitivity: float = 6.0
+    sensitivity: float = number(6.0, above=0)
     """standard deviations above the mean of the accepted losses"""
-    multiplier: float = 3.0
+    multiplier: float = number(3.0, above=0)
     """times the mean of the accepted losses"""
-    absolute_threshold: float = 12.0
+    absolute_threshold: float = number(12.0, low=0)
     """a divergent loss is also above this"""
-    death_penalty: float = 10.0
-    history_window: int = 20
-    min_history: int = 10
-    min_panics: int = 3
+    death_penalty: float = number(10.0, low=0)
+    history_window: int = number(20, above=0)
+    min_history: int = number(10, above=0)
+    min_panics: int = number(3, above=0)
     """divergent losses in a row before the rollback"""
-    snapshot_epochs: int = 5
+    snapshot_epochs: int = number(5, above=0)
     """a snapshot is taken at an accepted loss every so many epochs, and after each fossilisation"""
 
     def __post_init__(self):
-        _require_finite(self)
+        _check(self)
         _require(self.history_window >= self.min_history, self, "history_window", f"at least {self.min_history}")
-        _require_positive(self, "min_history", "min_panics", "snapshot_epochs", "multiplier", "sensitivity")
 
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    plateau_threshold: float = 0.5
+    plateau_threshold: float = number(0.5, low=-100, high=100)
     """percentage points of gain below which an epoch counts as plateau"""
-    history_window: int = 10
-    stabilization_threshold: float = 0.03
-    stabilization_epochs: int = 3
-    regression_threshold: float = 0.05
+    history_window: int = number(10, low=5)
+    stabilization_threshold: float = number(0.03, low=0)
+    stabilization_epochs: int = number(3, low=0)
+    regression_threshold: float = number(0.05, low=0)
 
     def __post_init__(self):
-        _require(self.history_window >= 5, self, "history_window", "at least 5")
-        _require(self.stabilization_epochs >= 0, self, "stabilization_epochs", "at least 0")
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -226,83 +285,72 @@ class RewardConfig:
 
     mode: Literal["paired", "shaped", "simplified", "sparse"] = "paired"
     """paired pays the gain over the twin, the same keys without growth; the others are the reference's"""
-    loss_scale: float = 30.0
+    loss_scale: float = number(30.0, above=0)
     """paired: points per nat of validation loss below the twin's"""
-    loss_cap: float = 10.0
+    loss_cap: float = number(10.0, above=0)
     """paired: losses above this, and those that are not finite, count as this"""
-    price: float = 0.5
+    price: float = number(0.5, low=0)
     """paired: points that as many blended parameters as the host has cost"""
-    harvest: float = 1.0
+    harvest: float = number(1.0, low=0, high=1)
     """paired: share of the last value that is that of the committed network, which is without what is not kept"""
     attribution: Literal["harmonic", "minimum"] = "harmonic"
-    contribution_weight: float = 1.0
-    proxy_factor: float = 0.3
-    shaping_weight: float = 0.3
-    rent_weight: float = 0.5
-    max_rent: float = 1.5
-    rent_host_floor: float = 200.0
-    base_slot_rent_ratio: float = 0.0039
-    alpha_shock_coef: float = 0.1958
-    max_alpha_shock: float = 1.0
-    occupancy_cost: float = 0.01
-    free_slots: float = 1.0
-    fossil_maintenance_cost: float = 0.002
-    germinate_cost: float = 0.02
-    fossilize_cost: float = 0.01
-    prune_cost: float = 0.005
-    set_alpha_target_cost: float = 0.005
-    terminal_accuracy_weight: float = 0.05
-    fossilize_terminal_scale: float = 3.0
-    synergy_weight: float = 0.1
-    param_budget: float = 500_000.0
-    param_penalty_weight: float = 0.1
-    clip: float = 10.0
+    contribution_weight: float = number(1.0, low=0)
+    proxy_factor: float = number(0.3, low=0)
+    shaping_weight: float = number(0.3, low=0)
+    rent_weight: float = number(0.5, low=0)
+    max_rent: float = number(1.5, low=0)
+    rent_host_floor: float = number(200.0, above=0)
+    base_slot_rent_ratio: float = number(0.0039, low=0)
+    alpha_shock_coef: float = number(0.1958, low=0)
+    max_alpha_shock: float = number(1.0, low=0)
+    occupancy_cost: float = number(0.01, low=0)
+    free_slots: float = number(1.0, low=0)
+    fossil_maintenance_cost: float = number(0.002, low=0)
+    germinate_cost: float = number(0.02, low=0)
+    fossilize_cost: float = number(0.01, low=0)
+    prune_cost: float = number(0.005, low=0)
+    set_alpha_target_cost: float = number(0.005, low=0)
+    terminal_accuracy_weight: float = number(0.05, low=0)
+    fossilize_terminal_scale: float = number(3.0, low=0)
+    synergy_weight: float = number(0.1, low=0)
+    param_budget: float = number(500_000.0, above=0)
+    param_penalty_weight: float = number(0.1, low=0)
+    clip: float = number(10.0, above=0)
     """rewards enter PPO clamped to +- this"""
 
     def __post_init__(self):
-        _require_choices(self)
-        _require_finite(self)
-        _require_positive(self, "rent_host_floor", "param_budget", "clip", "loss_scale", "loss_cap")
-        _require(self.price >= 0, self, "price", "at least 0")
-        _require(0 <= self.harvest <= 1, self, "harvest", "in [0, 1]")
+        _check(self)
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    hidden_size: int = 128
-    learning_rate: float = 3e-4
-    gamma: float = 0.995
+    hidden_size: int = number(128, low=2)
+    learning_rate: float = number(3e-4, above=0)
+    gamma: float = number(0.995, above=0, high=1)
     """discount of PPO and of the shaping potential"""
-    gae_lambda: float = 0.98
-    clip_ratio: float = 0.2
-    value_coef: float = 0.5
-    entropy_coef: float = 0.05
-    entropy_coef_final: float = 0.01
+    gae_lambda: float = number(0.98, low=0, high=1)
+    clip_ratio: float = number(0.2, above=0)
+    value_coef: float = number(0.5, low=0)
+    entropy_coef: float = number(0.05, low=0)
+    entropy_coef_final: float = number(0.01, low=0)
     """reached after `anneal_rounds`, linearly"""
-    anneal_rounds: int = 100
-    max_grad_norm: float = 0.5
-    epochs: int = 4
-    minibatches: int = 2
+    anneal_rounds: int = number(100, low=0)
+    max_grad_norm: float = number(0.5, above=0)
+    epochs: int = number(4, above=0)
+    minibatches: int = number(2, above=0)
     """environments are split into so many minibatches"""
-    advantage_std_floor: float = 0.1
+    advantage_std_floor: float = number(0.1, above=0)
     op_bias: tuple[float, ...] = (1.0, 0.0, 0.0, -3.0, 3.0, 2.0)
     """added to the first policy's logits of wait, germinate, set_alpha_target, prune, fossilize, advance, so that it
     lets seeds live and finishes what it begins, or there would be nothing to learn from; all 0 starts uniform"""
     full_alpha_bias: float = 2.0
     """added to its logits of alpha target 1.0, since only what is blended in full can be kept; 0 starts uniform"""
-    target_kl: float | None = None
+    target_kl: float | None = number(None, above=0)
     """stop the epochs of an update once 1.5x this divergence is passed; none never stops"""
 
     def __post_init__(self):
-        _require_positive(self, "hidden_size", "learning_rate", "clip_ratio", "epochs", "minibatches", "max_grad_norm")
-        _require(0 < self.gamma <= 1, self, "gamma", "in (0, 1]")
-        _require(0 <= self.gae_lambda <= 1, self, "gae_lambda", "in [0, 1]")
+        _check(self)
         _require(len(self.op_bias) == len(Op), self, "op_bias", f"{len(Op)} numbers, one per op")
-        _require_finite(self)
-        for name in ("entropy_coef", "entropy_coef_final", "value_coef", "anneal_rounds"):
-            _require(getattr(self, name) >= 0, self, name, "at least 0")
-        _require_positive(self, "advantage_std_floor")
-        _require(self.target_kl is None or self.target_kl > 0, self, "target_kl", "greater than 0 or none")
 
 
 @dataclass(frozen=True)
@@ -315,25 +363,27 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    n_envs: int = 16
+    n_envs: int = number(16, above=0)
     """environments of a round (E), for each policy seed"""
-    policy_seeds: int = 1
+    policy_seeds: int = number(1, above=0)
     """policies that are trained side by side (P), from different keys, on the same environments"""
-    env_chunk: int = 1
+    env_chunk: int = number(1, above=0)
     """environments computed together: 1 on a CPU with 32x32 images, 16-32 with 8x8 ones, many on a GPU"""
-    devices: int = 0
+    devices: int = number(0, low=0)
     """devices that share the environments; 0 takes all there are (on a CPU: one per core)"""
-    rounds: int = 8
+    rounds: int = number(8, low=0)
     """PPO rounds: E episodes and one update each, for each policy seed"""
-    report_envs: int = 16
+    report_envs: int = number(16, above=0)
     """environments per controller in the final comparison"""
-    seed: int = 0
+    seed: int = number(0, low=0, high=2**32 - 1)
+    """of the keys that a run is made from"""
 
     def __post_init__(self):
-        _require_positive(self, "n_envs", "policy_seeds", "env_chunk", "report_envs")
-        _require(self.devices >= 0, self, "devices", "at least 0")
-        _require(self.rounds >= 0, self, "rounds", "at least 0")
+        _check(self)
         _require(self.n_envs % self.ppo.minibatches == 0, self, "n_envs", "a multiple of ppo.minibatches")
+        fitting = [name for name in BLUEPRINTS if name not in _TRANSFORMER_BLUEPRINTS]
+        allowed = f"one or more of {', '.join(fitting[1:])}, the modules for this host"
+        _require_names(self.lifecycle, "blueprints", fitting, allowed)
 
     def replace(self, **changes) -> Config:
         """A copy with changes; dotted names reach inside: `cfg.replace(n_envs=8, **{"training.epochs": 5})`."""
@@ -379,7 +429,7 @@ def _known(cls: type, name: str) -> None:
         )
 
 
-def _from_dict(cls: type, tree: object, path: str) -> typing.Any:
+def _from_dict(cls: type, tree: object, path: str) -> Any:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} = {tree!r}: must be an object with the fields of {cls.__name__}")
     hints = get_type_hints(cls)
@@ -391,7 +441,7 @@ def _from_dict(cls: type, tree: object, path: str) -> typing.Any:
     return cls(**{name: _value(hints[name], value, f"{path}.{name}") for name, value in tree.items()})
 
 
-def _value(annotation: typing.Any, value: typing.Any, path: str) -> typing.Any:
+def _value(annotation: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         return _from_dict(annotation, value, path)
     origin = get_origin(annotation)
@@ -400,12 +450,12 @@ def _value(annotation: typing.Any, value: typing.Any, path: str) -> typing.Any:
         types_, kind = ((float, int), "numbers") if item is float else ((str,), "strings")
         if not (isinstance(value, list) and all(type(entry) in types_ for entry in value)):
             raise ValueError(f"{path} = {value!r}: must be a list of {kind}")
-        return tuple(map(item, value))
+        return tuple(value)
     if origin is Literal:
         return value  # the class checks its choices
-    allowed = get_args(annotation) if origin in (types.UnionType, typing.Union) else (annotation,)
+    allowed = _kinds(annotation)
     if float in allowed and type(value) is int:
-        return float(value)
+        return value  # the class makes it a float
     if type(value) not in allowed:
         names = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{path} = {value!r}: must be {names}")

@@ -1,13 +1,17 @@
 """Configuration: every refusal names field, value and what is allowed; text and back; presets."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 from functools import partial
+from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
-from esper_jax import presets
+from esper_jax import config, presets
 from esper_jax.config import (
     Config,
     DataConfig,
@@ -20,11 +24,14 @@ from esper_jax.config import (
     TrainingConfig,
 )
 from esper_jax.data import shapes
-from esper_jax.types import CNN_BLUEPRINTS
+from esper_jax.network import blueprints
+from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS
 
 SIZES = [(name, data) for name in ("smoke", "quick", "full") for data in ("digits", "cifar10", "shapes")]
 REFUSED = [
-    (HostConfig, "n_blocks", 1, "at least 2"),
+    (HostConfig, "n_blocks", 1, r"in \[2, 16\]"),
+    (HostConfig, "n_blocks", 17, r"in \[2, 16\]"),
+    (HostConfig, "base_channels", 2**31, "at most 2147483647"),
     (HostConfig, "base_channels", 0, "greater than 0"),
     (HostConfig, "pool_layers", -1, "at least 0"),
     (HostConfig, "kernel_size", 2, "odd and positive"),
@@ -55,12 +62,18 @@ REFUSED = [
     (LifecycleConfig, "blueprints", (), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("noop",), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("conv_lite",), "one or more of conv_light, attention"),
+    (LifecycleConfig, "blueprints", ("norm", "loro"), "one or more of conv_light, .*, flex_attention, each once$"),
+    (LifecycleConfig, "blueprints", ("norm", "norm"), "one or more of conv_light, .*, flex_attention, each once$"),
+    (LifecycleConfig, "sequential", 1, "bool$"),
+    (LifecycleConfig, "strict_min_improvement", -101.0, r"in \[-100, 100\]"),
+    (LifecycleConfig, "strict_min_contribution", 101.0, r"in \[-100, 100\]"),
     (GovernorConfig, "history_window", 9, "at least 10"),
     (GovernorConfig, "min_panics", 0, "greater than 0"),
     (GovernorConfig, "snapshot_epochs", 0, "greater than 0"),
     (GovernorConfig, "sensitivity", 0.0, "greater than 0"),
     (TrackerConfig, "history_window", 4, "at least 5"),
     (TrackerConfig, "stabilization_epochs", -1, "at least 0"),
+    (TrackerConfig, "plateau_threshold", 101.0, r"in \[-100, 100\]"),
     (RewardConfig, "mode", "dense", "one of paired, shaped, simplified, sparse"),
     (RewardConfig, "attribution", "mean", "one of harmonic, minimum"),
     (RewardConfig, "clip", 0.0, "greater than 0"),
@@ -83,9 +96,17 @@ REFUSED = [
     (PPOConfig, "anneal_rounds", -5, "at least 0"),
     (PPOConfig, "target_kl", 0.0, "greater than 0 or none"),
     (PPOConfig, "advantage_std_floor", 0.0, "greater than 0"),
-    (RewardConfig, "price", math.inf, "finite"),
+    (PPOConfig, "hidden_size", 1, "at least 2"),  # of which a head would get half
+    (PPOConfig, "op_bias", [0.0] * 6, "a tuple of float$"),
+    (PPOConfig, "target_kl", math.inf, "finite and greater than 0 or none$"),
+    (RewardConfig, "price", math.inf, "finite and at least 0$"),
+    (RewardConfig, "price", 1e39, "finite"),  # infinite as float32
     (RewardConfig, "rent_weight", math.nan, "finite"),
     (TrainingConfig, "host_lr", math.inf, "finite"),
+    (TrainingConfig, "epochs", 2.5, "int, at least 2$"),
+    (TrainingConfig, "epochs", 8.0, "int, at least 2$"),
+    (TrainingConfig, "epochs", True, "int, at least 2$"),
+    (TrainingConfig, "clip_norm", "none", "float, greater than 0 or none$"),
     (GovernorConfig, "death_penalty", math.nan, "finite"),
     (Config, "n_envs", 0, "greater than 0"),
     (Config, "n_envs", 7, "a multiple of ppo.minibatches"),
@@ -94,23 +115,154 @@ REFUSED = [
     (Config, "report_envs", 0, "greater than 0"),
     (Config, "devices", -1, "at least 0"),
     (Config, "rounds", -1, "at least 0"),
+    (Config, "seed", -1, r"in \[0, 4294967295\]"),  # the key of a number is that of its last 32 bits
+    (Config, "seed", 2**32, r"in \[0, 4294967295\]"),
+    (Config, "host", None, "HostConfig$"),
 ]
 
 
 @pytest.mark.parametrize(("cls", "field", "value", "allowed"), REFUSED)
 def test_refusals(cls, field, value, allowed):
-    shown = repr(value).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=f"^{cls.__name__}.{field} = {shown}: must be {allowed}"):
+    with pytest.raises(ValueError, match=f"^{cls.__name__}.{field} = {re.escape(repr(value))}: must be {allowed}"):
         cls(**{field: value})
 
 
-def test_edges_are_allowed():
-    TrainingConfig(epochs=2, momentum=0.0, clip_norm=None, host_weight_decay=0.0, tile_pixels=0)
-    GovernorConfig(history_window=10, min_history=10)
-    RewardConfig(price=0.0, harvest=0.0)
-    PPOConfig(gamma=1.0, gae_lambda=0.0, op_bias=(0.0,) * 6, full_alpha_bias=0.0)
-    LifecycleConfig(min_prune_age=0, max_seeds=0, blueprints=("noop", "norm"))
-    Config(rounds=0, devices=0)
+# --- every field of every class ---
+
+CLASSES = [cls for cls in vars(config).values() if dataclasses.is_dataclass(cls)]
+FIELDS = {
+    f"{cls.__name__}.{field.name}": (cls, field, get_type_hints(cls)[field.name])
+    for cls in CLASSES
+    for field in dataclasses.fields(cls)
+}
+# Fields of numbers that may be negative, and those that may be 0; all others must be positive.
+NEGATIVE = {
+    "LifecycleConfig.strict_min_improvement", "LifecycleConfig.strict_min_contribution",  # a loss may be good enough
+    "TrackerConfig.plateau_threshold", "PPOConfig.op_bias", "PPOConfig.full_alpha_bias",
+}  # fmt: skip
+ZERO = NEGATIVE | {
+    "HostConfig.pool_layers", "TrainingConfig.momentum", "TrainingConfig.host_weight_decay",
+    "TrainingConfig.tile_pixels", "LifecycleConfig.min_training_epochs", "LifecycleConfig.strict_min_epochs",
+    "LifecycleConfig.strict_gradient_ratio", "LifecycleConfig.min_prune_age", "LifecycleConfig.max_seeds",
+    "GovernorConfig.absolute_threshold", "GovernorConfig.death_penalty", "TrackerConfig.stabilization_threshold",
+    "TrackerConfig.stabilization_epochs", "TrackerConfig.regression_threshold", "PPOConfig.gae_lambda",
+    "PPOConfig.value_coef", "PPOConfig.entropy_coef", "PPOConfig.entropy_coef_final", "PPOConfig.anneal_rounds",
+    "Config.devices", "Config.rounds", "Config.seed",
+}  # fmt: skip
+ZERO |= {name for name, (cls, _, kind) in FIELDS.items() if cls is RewardConfig and kind is float} - {
+    "RewardConfig.loss_scale", "RewardConfig.loss_cap", "RewardConfig.rent_host_floor", "RewardConfig.param_budget",
+    "RewardConfig.clip",
+}  # fmt: skip
+# What has to go with an edge because of a rule on two fields.
+BESIDE = {
+    "GovernorConfig.history_window": {"min_history": 1},
+    "GovernorConfig.min_history": {"history_window": 2**31 - 1},
+    "Config.n_envs": {"ppo": PPOConfig(minibatches=1)},
+}
+
+
+def numbers_refused(name, kind):
+    """Values that no field of this type takes, or not the field of this name."""
+    values = [math.nan, math.inf, -math.inf, True, False, "x", "1", (1,), [1]]
+    values += [2.5, 4.0, 2**32] if kind is int else [1e39, -1e39, 10**400]
+    values += [] if name in NEGATIVE else [-1, -1e-9]
+    return values + ([] if name in ZERO else [0, 0.0])
+
+
+def refused(name):
+    cls, field, annotation = FIELDS[name]
+    default = getattr(cls(), field.name)
+    if annotation == tuple[float, ...]:
+        rows = [(value, *default[1:]) for value in (*numbers_refused(name, float), None)]
+        return [*rows, default[:-1], (), 1.0, None, "x", list(default)]
+    if get_origin(annotation) is tuple:
+        known = ("norm",) if field.name == "blueprints" else ("r0c0",)
+        rows = [("x",), (*known, "x"), known * 2, (*known, None), (1,), (True,), (math.nan,)]
+        return [*rows, list(known), known[0], "x", None, 0, True, 2.5]
+    if get_origin(annotation) is Literal:
+        return ["x", "", None, 0, True, math.nan, (default,)]
+    kind, optional = (get_args(annotation) or (annotation,))[0], type(None) in get_args(annotation)
+    none = [] if optional else [None]
+    if kind in (int, float):
+        return numbers_refused(name, kind) + none
+    if kind is bool:
+        return [0, 1, 0.0, "x", "True", math.nan, *none]
+    if kind is str:
+        return [0, 1, True, 2.5, math.nan, ("x",), *none]
+    return [0, True, 2.5, "x", {}, kind, *none]  # a configuration
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_refuses(name):
+    cls, field, _ = FIELDS[name]
+    assert len(refused(name)) >= 5
+    for value in refused(name):
+        with pytest.raises(ValueError, match=f"^{re.escape(name)} = {re.escape(repr(value))}: must be "):
+            cls(**{field.name: value})
+
+
+def edges(name):
+    """Values at the declared bounds, and the numbers next to those that are excluded."""
+    _, field, annotation = FIELDS[name]
+    bounds = field.metadata["range"]
+    whole = int in (annotation, *get_args(annotation))
+    beside = lambda edge, towards: edge + (1 if towards > edge else -1) if whole else math.nextafter(edge, towards)
+    allowed = {edge for edge in (bounds.low, bounds.high) if math.isfinite(edge)}
+    allowed |= {beside(bounds.above, math.inf)} if math.isfinite(bounds.above) else set()
+    allowed |= {beside(bounds.below, -math.inf)} if math.isfinite(bounds.below) else set()
+    if bounds.high == bounds.below == math.inf:
+        allowed.add(2**31 - 1 if whole else float(np.finfo(np.float32).max))
+    return sorted(allowed)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if "range" in FIELDS[name][1].metadata])
+def test_edges_are_allowed(name):
+    cls, field, annotation = FIELDS[name]
+    assert len(edges(name)) == 2
+    for edge in edges(name):
+        value = getattr(cls(**{field.name: edge} | BESIDE.get(name, {})), field.name)
+        assert value == edge and type(value) is (get_args(annotation) or (annotation,))[0]
+
+
+@pytest.mark.parametrize("name", sorted(ZERO - NEGATIVE))
+def test_zero_is_allowed(name):
+    cls, field, _ = FIELDS[name]
+    assert getattr(cls(**{field.name: 0}), field.name) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if type(None) in get_args(FIELDS[name][2])])
+def test_none_is_allowed(name):
+    cls, field, _ = FIELDS[name]
+    assert getattr(cls(**{field.name: None}), field.name) is None
+
+
+def test_whole_numbers_do_for_floats():
+    """Equal configurations are written alike and compute alike."""
+    values = (TrainingConfig(host_lr=1).host_lr, PPOConfig(target_kl=1).target_kl, PPOConfig(op_bias=(1,) * 6).op_bias)
+    assert values == (1.0, 1.0, (1.0,) * 6)
+    assert type(values[0]) is type(values[1]) is float and {type(value) for value in values[2]} == {float}
+
+
+def test_numbers_of_any_sign_where_they_mean_something():
+    assert PPOConfig(op_bias=(-3.0, 0.0, 1.0, 2.0, -0.5, 5.0), full_alpha_bias=-2.0).full_alpha_bias == -2.0
+    assert HostConfig(kernel_size=1).kernel_size == 1 and DataConfig(image_size=8).image_size == 8
+
+
+def test_blueprints_of_a_cnn_can_be_offered():
+    """All in the CNN's table and no other name of the action head, and what is registered later."""
+    offered = []
+    for name in BLUEPRINTS[1:]:
+        with contextlib.suppress(ValueError):
+            cfg = Config(lifecycle=LifecycleConfig(blueprints=("noop", name)))
+            offered += cfg.lifecycle.blueprints[1:]
+    assert offered == [name for name in blueprints.CNN if name != "noop"]
+    with pytest.raises(ValueError, match="must be one or more of"):
+        LifecycleConfig(blueprints=("mine",))
+    BLUEPRINTS.append("mine")
+    try:
+        assert LifecycleConfig(blueprints=("mine", "norm")).blueprints == ("mine", "norm")
+    finally:
+        BLUEPRINTS.remove("mine")
 
 
 def test_hosts():
@@ -264,3 +416,9 @@ def test_presets_ask_for_no_more_than_the_synthetic_data_have(name):
     wanted = presets.get(name, "shapes").data
     assert (wanted.train_limit or 0) + wanted.validation_size <= shapes.TRAIN
     assert (wanted.test_limit or 0) <= shapes.TEST
+
+
+def test_modules_of_another_host_are_refused():
+    """Text's are known names, and nothing that a CNN can grow."""
+    with pytest.raises(ValueError, match=r"LifecycleConfig.blueprints = \('norm', 'lora'\): .*conv_heavy, the modules"):
+        Config().replace(**{"lifecycle.blueprints": ("norm", "lora")})

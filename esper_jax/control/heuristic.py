@@ -141,7 +141,7 @@ def init(cfg: HeuristicConfig) -> HeuristicState:
         rotation_index=jnp.int32(0),
         germinations=jnp.int32(0),
         last_prune_epoch=jnp.int32(-100),
-        penalty=jnp.zeros(len(cfg.rotation)),
+        penalty=jnp.zeros(len(cfg.rotation), jnp.float32),
         last_decay_epoch=jnp.int32(-1),
     )
 
@@ -164,7 +164,7 @@ def decide(
     candidate, rotation_index = _next_blueprint(state, cfg)
     rotation = jnp.asarray(_rotation(cfg))
     pruned = prunes & (rotation == slots.blueprint[seed])
-    confidence = jnp.where(germinates, signals.plateau_epochs / FULL_CONFIDENCE_PLATEAU, 1)
+    confidence = jnp.where(germinates, signals.plateau_epochs.astype(jnp.float32) / FULL_CONFIDENCE_PLATEAU, 1)
     contribution = slots.metrics.contribution[seed] / FULL_CONFIDENCE_CONTRIBUTION
     confidence = jnp.where(op == Op.FOSSILIZE, contribution, confidence)
     decision = Decision(
@@ -176,7 +176,7 @@ def decide(
     )
     return state.replace(
         rotation_index=jnp.where(germinates, rotation_index, state.rotation_index),
-        germinations=state.germinations + germinates,
+        germinations=state.germinations + germinates.astype(jnp.int32),
         last_prune_epoch=jnp.where(prunes, signals.epoch, state.last_prune_epoch),
         penalty=state.penalty + jnp.where(pruned, cfg.penalty_on_prune, 0),
     ), decision

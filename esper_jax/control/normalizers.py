@@ -29,7 +29,7 @@ class RunningStatistics:
 
 def init(size: int) -> RunningStatistics:
     """Mean 0 and variance 1 for D = `size` features, with next to no weight."""
-    return RunningStatistics(jnp.zeros(size), jnp.ones(size), jnp.float32(INITIAL_COUNT))
+    return RunningStatistics(jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), jnp.float32(INITIAL_COUNT))
 
 
 def update(
@@ -43,7 +43,7 @@ def update(
       axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
     """
     mean = mean_over_devices(jnp.mean(batch, axis=0), axis_name)
-    var = mean_over_devices(jnp.mean(jnp.square(batch - mean), axis=0), axis_name)
+    var = mean_over_devices(jnp.mean(jnp.square(batch - mean[None]), axis=0), axis_name)
     rows = batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     count = state.count + rows
     keep = state.count / count if momentum is None else momentum
@@ -58,7 +58,8 @@ def update(
 
 def normalise(state: RunningStatistics, x: Array) -> Array:
     """`(x - mean) / sqrt(var + 1e-4)` clamped to +-10; f32[..., D]."""
-    return jnp.clip((x - state.mean) / jnp.sqrt(state.var + EPS), -CLIP, CLIP)
+    along = (1,) * (x.ndim - 1) + (-1,)
+    return jnp.clip((x - state.mean.reshape(along)) / jnp.sqrt(state.var + EPS).reshape(along), -CLIP, CLIP)
 
 
 @struct.dataclass
@@ -79,7 +80,7 @@ def reward_normalise(state: RewardStatistics, reward: Array) -> Array:
 
     The mean stays in, since it is what the agent lives on. Before two rewards were seen they are only clamped.
     """
-    std = jnp.sqrt(state.m2 / jnp.maximum(state.count - 1, 1))
+    std = jnp.sqrt(state.m2 / jnp.maximum(state.count - 1, 1).astype(jnp.float32))
     scaled = jnp.where(state.count < 2, reward, reward / jnp.maximum(std, REWARD_EPS))
     return jnp.clip(scaled, -CLIP, CLIP)
 
@@ -93,7 +94,7 @@ def reward_update_and_normalise(state: RewardStatistics, rewards: Array) -> tupl
     def step(state: RewardStatistics, reward: Array) -> tuple[RewardStatistics, Array]:
         count = state.count + 1
         delta = reward - state.mean
-        mean = state.mean + delta / count
+        mean = state.mean + delta / count.astype(jnp.float32)
         state = RewardStatistics(mean=mean, m2=state.m2 + delta * (reward - mean), count=count)
         return state, reward_normalise(state, reward)
 

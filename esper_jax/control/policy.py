@@ -71,7 +71,7 @@ class Evaluation:
     @property
     def entropy(self) -> Array:
         """Normalised entropy averaged over the relevant heads; f32[] in [0, 1]."""
-        return jnp.sum(self.head_entropy, axis=-1) / jnp.sum(self.relevant, axis=-1)
+        return jnp.sum(self.head_entropy, axis=-1) / jnp.sum(self.relevant, axis=-1, dtype=jnp.float32)
 
 
 def _forget_bias(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
@@ -105,7 +105,9 @@ class _Network(nn.Module):
         self.encoder = _dense(self.hidden)
         self.encoder_norm = nn.LayerNorm(epsilon=NORM_EPS)
         self.gates = nn.Dense(4 * self.hidden, kernel_init=nn.initializers.orthogonal(), bias_init=_forget_bias)
-        self.recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden))
+        self.recurrent = self.param(
+            "recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden), jnp.float32
+        )
         self.output_norm = nn.LayerNorm(epsilon=NORM_EPS)
         sizes = {head: self._shape(head)[-1] * (1 if head in _FIRST else self.n_slots) for head in HEADS}
         # The hidden layers of all heads are one matrix product: the same network, with fewer and larger pieces.
@@ -170,7 +172,7 @@ def init(
     the first policy is almost uniform but for `op_bias`, the biases of the ops' logits, and `full_alpha_bias`, that of
     alpha target 1. Other biases are 0, that of the forget gate 2.
     """
-    params = _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features))
+    params = _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features, jnp.float32))
     full = [full_alpha_bias * (target == 1.0) for target in ALPHA_TARGETS]
     inner = dict(params["params"])
     for head, bias in (("op", op_bias), ("alpha_target", n_slots * full)):
@@ -180,7 +182,7 @@ def init(
 
 def initial_carry(hidden: int) -> Carry:
     """The state an episode begins with: zeros f32[H]."""
-    return Carry(jnp.zeros(hidden), jnp.zeros(hidden))
+    return Carry(jnp.zeros(hidden, jnp.float32), jnp.zeros(hidden, jnp.float32))
 
 
 def reset_carry(carry: Carry, reset: Array) -> Carry:
@@ -249,7 +251,7 @@ def masked_entropy(logits: Array, mask: Array) -> Array:
     """
     log_p = jax.nn.log_softmax(_masked(logits, mask))
     entropy = -jnp.sum(jnp.where(mask, jnp.exp(log_p) * log_p, 0.0), axis=-1)
-    legal = jnp.sum(mask, axis=-1)
+    legal = jnp.sum(mask, axis=-1, dtype=jnp.float32)
     return jnp.where(legal > 1, entropy / jnp.log(jnp.maximum(legal, 2)), 0.0)
 
 
@@ -265,7 +267,7 @@ def sample(
     """
     scores = _table(_given(logits, jnp.int32(0)))
     # Gumbel-max: the largest of noisy logits is a draw from the categorical
-    noise = jnp.where(deterministic, 0.0, jax.random.gumbel(key, scores.shape))
+    noise = jnp.where(deterministic, 0.0, jax.random.gumbel(key, scores.shape, jnp.float32))
     noisy = scores + noise
     op = jnp.argmax(_masked(noisy[_OP, : len(Op)], masks.op))
     by_op = masks.slot_by_op[op]

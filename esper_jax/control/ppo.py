@@ -91,7 +91,9 @@ def init_learner(key: Array, cfg: PPOConfig, n_features: int, n_slots: int) -> L
 def entropy_coef(updates: Array, cfg: PPOConfig, hypers: Hypers | None = None) -> Array:
     """Entropy coefficient after so many updates: linear to `entropy_coef_final` over `anneal_rounds`; f32[]."""
     first, final = (hypers or cfg).entropy_coef, (hypers or cfg).entropy_coef_final
-    progress = jnp.minimum(updates / cfg.anneal_rounds, 1.0) if cfg.anneal_rounds > 0 else jnp.float32(1)
+    progress = (
+        jnp.minimum(updates.astype(jnp.float32) / cfg.anneal_rounds, 1.0) if cfg.anneal_rounds > 0 else jnp.float32(1)
+    )
     return first + progress * (final - first)
 
 
@@ -124,7 +126,7 @@ def gae(
     def body(after: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         next_value, next_advantage = after
         reward, value, terminal, counts = row
-        discount = gamma * (1.0 - terminal)
+        discount = gamma * (1.0 - terminal.astype(values.dtype))
         advantage = reward + discount * (next_value + lam * next_advantage) - value
         here = (jnp.where(counts, value, next_value), jnp.where(counts, advantage, next_advantage))
         return here, jnp.where(counts, advantage, 0.0)
@@ -155,7 +157,7 @@ def _mean(x: Array, where: Array, axis_name: str | None) -> Array:
     Only the number of entries is exchanged here, so it can be differentiated on each device alone.
     """
     count = mean_over_devices(jnp.sum(where, dtype=jnp.float32), axis_name)
-    return jnp.sum(jnp.where(where, x, 0.0)) / jnp.where(count > 0, count, 1.0)
+    return jnp.sum(jnp.where(where, x.astype(jnp.float32), 0.0)) / jnp.where(count > 0, count, 1.0)
 
 
 def _moments(x: Array, where: Array, axis_name: str | None) -> tuple[Array, Array]:
@@ -183,7 +185,7 @@ def make_batch(
 ) -> Batch:
     """Advantages and returns of a trajectory; `bootstrap` f32[E] as in `gae`, None for episodes that all ended."""
     rows, gamma, lam = trajectory, (hypers or cfg).gamma, (hypers or cfg).gae_lambda
-    bootstrap = jnp.zeros(rows.reward.shape[1]) if bootstrap is None else bootstrap
+    bootstrap = jnp.zeros(rows.reward.shape[1], jnp.float32) if bootstrap is None else bootstrap
 
     def one(reward: Array, value: Array, last: Array, terminal: Array, valid: Array) -> tuple[Array, Array]:
         return gae(reward, value, last, terminal, gamma=gamma, lam=lam, valid=valid)
@@ -316,7 +318,8 @@ def update(
         if cfg.target_kl is not None:
             stopped |= metrics["approx_kl"] > KL_STOP_FACTOR * cfg.target_kl
         taken = finite & ~stopped
-        changes, new_opt_state = transform.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises Python's floats to an integer count
+            changes, new_opt_state = transform.update(grads, opt_state, params)
         changes = jax.tree.map(lambda change: -hypers.learning_rate * change, changes)
         params = select(taken, optax.apply_updates(params, changes), params)
         opt_state = select(taken, new_opt_state, opt_state)

@@ -150,7 +150,8 @@ def normalise(dataset: Dataset, images: Array) -> Array:
     """`(images / 255 - mean) / std` per channel: u8 `[..., C]` to f32 of the same shape."""
     mean, std = np.asarray(dataset.mean), np.asarray(dataset.std)
     scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    return images.astype(jnp.float32) * scale + shift
+    per_channel = (1,) * (images.ndim - 1) + (-1,)
+    return images.astype(jnp.float32) * scale.reshape(per_channel) + shift.reshape(per_channel)
 
 
 def augment(key: Array, images: Array) -> Array:
@@ -165,8 +166,8 @@ def augment(key: Array, images: Array) -> Array:
     offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1, jnp.int32)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     # one gather of pixels: slices per image, then transposed by the network, are three times slower on a CPU
-    rows = offsets[:, :1] + jnp.arange(height)
-    columns = offsets[:, 1:] + jnp.arange(width)
+    rows = offsets[:, :1] + jnp.arange(height, dtype=jnp.int32)[None]
+    columns = offsets[:, 1:] + jnp.arange(width, dtype=jnp.int32)[None]
     columns = jnp.where(flip, padded.shape[2] - 1 - columns, columns)
     return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 

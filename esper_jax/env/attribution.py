@@ -84,7 +84,7 @@ def interactions(values: Array) -> Array:
     bit = 2 ** np.arange(n_slots)
     alone = values[bit]
     pair = values[bit[:, None] | bit]
-    return jnp.where(np.eye(n_slots, dtype=bool), 0.0, pair - alone[:, None] - alone + values[0])
+    return jnp.where(np.eye(n_slots, dtype=bool), 0.0, pair - alone[:, None] - alone[None] + values[0])
 
 
 def leave_one_out(values: Array) -> Array:
@@ -134,7 +134,7 @@ def _from_table(values: Array, live: Array) -> Attribution:
     live_bits = jnp.sum(jnp.where(live, 2 ** np.arange(n_slots), 0))
     values = values[np.arange(2**n_slots) & live_bits]
     # a pair with a slot that is not live is 0 by arithmetic, up to rounding; the mask makes it exact
-    pair = jnp.where(live[:, None] & live, interactions(values), 0.0)
+    pair = jnp.where(live[:, None] & live[None], interactions(values), 0.0)
     return Attribution(
         contribution=jnp.where(live, leave_one_out(values), 0.0),
         contribution_valid=live,

@@ -116,10 +116,10 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         state = state.replace(
             last_op=jnp.clip(action.op, 0, len(Op) - 1),
             last_success=outcome.success,
-            germinated=state.germinated + outcome.germinated.any(),
-            fossilised=state.fossilised + fossilised,
-            contributing_fossils=state.contributing_fossils + contributing,
-            pruned=state.pruned + pruned.sum(),
+            germinated=state.germinated + outcome.germinated.any().astype(jnp.int32),
+            fossilised=state.fossilised + fossilised.astype(jnp.int32),
+            contributing_fossils=state.contributing_fossils + contributing.astype(jnp.int32),
+            pruned=state.pruned + pruned.sum(dtype=jnp.int32),
         )
         info = transition.describe(setting, state, change, measured, metrics, sizes, components)
         if cfg.reward.mode == "paired":

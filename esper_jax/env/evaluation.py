@@ -48,7 +48,7 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
     # the last tile is filled up with copies of the last image, which weigh nothing
     index = np.arange(tiles * n).reshape(tiles, n)
     weights = jnp.asarray(index < total, jnp.float32)
-    index = jnp.asarray(np.minimum(index, total - 1))
+    index = jnp.asarray(np.minimum(index, total - 1), jnp.int32)
 
     live, fossil = networks.live_slots(model, state), state.stage == Stage.FOSSILIZED
     if n_slots <= attribution.MAX_TABLE_SLOTS:
@@ -66,14 +66,14 @@ def evaluate(model: Model, state: SlotState, images: Array, labels: Array, prepa
         rows_of_tile, weight = entry
         label = labels[rows_of_tile]
         logits = measure(layers.to_tiles(prepare(images[rows_of_tile]))[0])  # [rows, n, classes]
-        right = (logits.argmax(-1) == label) * weight
+        right = (logits.argmax(-1) == label[None]).astype(jnp.float32) * weight[None]
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         loss = jnp.stack([(cross_entropy(logits[row], label) * weight).sum() for row in (main, kept)])
-        member = jax.nn.one_hot(label, classes) * weight[:, None]
+        member = jax.nn.one_hot(label, classes, dtype=jnp.float32) * weight[:, None]
         new = (right.sum(1), loss, right[main] @ member, member.sum(0))
         return jax.tree.map(jnp.add, sums, new), None
 
-    zeros = (jnp.zeros(rows), jnp.zeros(2), jnp.zeros(classes), jnp.zeros(classes))
+    zeros = tuple(jnp.zeros(size, jnp.float32) for size in (rows, 2, classes, classes))
     (correct, loss, class_correct, class_total), _ = lax.scan(step, zeros, (index, weights))
     accuracies = 100.0 * correct / total
     if n_slots <= attribution.MAX_TABLE_SLOTS:

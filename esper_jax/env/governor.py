@@ -61,7 +61,7 @@ class Statistics:
 def init(cfg: GovernorConfig) -> GovernorState:
     """A governor that has seen nothing."""
     return GovernorState(
-        history=jnp.zeros(cfg.history_window),
+        history=jnp.zeros(cfg.history_window, jnp.float32),
         count=jnp.int32(0),
         consecutive=jnp.int32(0),
         pending=jnp.bool_(False),
@@ -74,7 +74,7 @@ def statistics(state: GovernorState, cfg: GovernorConfig) -> Statistics:
     """Mean and population deviation of the whole history, in two passes: float32 would cancel in one."""
     window = state.history.shape[0]
     held = jnp.arange(window) >= window - state.count
-    n = jnp.maximum(state.count, 1)
+    n = jnp.maximum(state.count, 1).astype(jnp.float32)
     mean = jnp.where(held, state.history, 0).sum() / n
     deviation = jnp.where(held, state.history - mean, 0)
     # Warm-up accepts anything finite; squares of such losses overflow float32, squares of their ratios don't.
@@ -165,7 +165,7 @@ def check(
 
     # Before the history is long enough nothing is known to have recovered, so a run is not ended there.
     recovered = ~alarm & stats.ready
-    consecutive = jnp.where(recovered, 0, state.consecutive + divergent)
+    consecutive = jnp.where(recovered, 0, state.consecutive + divergent.astype(jnp.int32))
     panic = alarm & (~divergent | (consecutive >= cfg.min_panics))
     after = GovernorState(
         history=jnp.where(alarm, state.history, jnp.concatenate([state.history[1:], loss[None]])),

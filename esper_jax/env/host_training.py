@@ -110,7 +110,7 @@ def seeds_with_gradient(state: SlotState) -> Array:
 def loss_and_accuracy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Mean cross-entropy, and how many arg-maxima are right, of `[B, classes]` and i32 `[B]`."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (logits.argmax(-1) == labels).sum()
+    return loss, (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
 
 
 def train_batch(
@@ -183,8 +183,11 @@ def train_epoch(
 
     count = jax.tree.leaves(batches)[0].shape[0]
     carry = (model, optimiser, (jnp.float32(0), zeros))
-    (model, optimiser, sample), (losses, correct, norms, sizes) = lax.scan(step, carry, (jnp.arange(count), batches))
-    accuracy = 100.0 * correct.sum() / sizes.sum()
+    (model, optimiser, sample), (losses, correct, norms, sizes) = lax.scan(
+        step, carry, (jnp.arange(count, dtype=jnp.int32), batches)
+    )
+    right, seen = (counts.sum(dtype=jnp.int32).astype(jnp.float32) for counts in (correct, sizes))
+    accuracy = 100.0 * right / seen
     return model, optimiser, EpochMetrics(losses.mean(), accuracy, losses, norms, *sample)
 
 
@@ -200,7 +203,7 @@ def record_gradients(state: SlotState, metrics: EpochMetrics, host_params: int) 
         _seed_statistics(grads, state.blueprint[s], state.has_gate[s]) for s, grads in enumerate(metrics.seed_gradients)
     ]
     norm, elements, health, vanishing, exploding = (jnp.stack(column) for column in zip(*columns, strict=True))
-    per_element = norm / jnp.sqrt(jnp.maximum(elements, 1))
+    per_element = norm / jnp.sqrt(jnp.maximum(elements, 1).astype(jnp.float32))
     host_per_element = metrics.host_norm / math.sqrt(host_params)
     usable = (norm >= NORM_FLOOR) & (metrics.host_norm >= NORM_FLOOR) & jnp.isfinite(norm / metrics.host_norm)
     ratio = jnp.where(usable, per_element / jnp.where(usable, host_per_element, 1), 0)
@@ -225,16 +228,16 @@ def _seed_statistics(grads: SeedVars, blueprint: Array, has_gate: Array) -> tupl
     """Norm, number of elements, health, any vanishing, any exploding, of one seed's gradient with its gate's."""
     kind = seed_bank.kind_of(blueprint, grads.blueprints)
     ids, tensors = seed_bank.tensor_ids(seed_bank.table(grads.blueprints), grads.width, kind)
-    member = ids[:, None] == jnp.arange(tensors)
+    member = ids[:, None] == jnp.arange(tensors, dtype=jnp.int32)[None]
     squares = jnp.where(member, jnp.square(grads.params)[:, None], 0).sum(0)
     present = member.any(0)
     squares = jnp.append(squares, jnp.where(has_gate, jnp.sum(jnp.square(grads.gate)), 0))
     present = jnp.append(present, has_gate)
     norms = jnp.sqrt(squares)
     norm = jnp.sqrt(squares.sum())
-    elements = member.sum() + jnp.where(has_gate, grads.gate.size, 0)
+    elements = member.sum(dtype=jnp.int32) + jnp.where(has_gate, grads.gate.size, 0)
     vanishing = present & (norms < VANISHING_NORM)
     exploding = present & ((norms > EXPLODING_NORM) | ~jnp.isfinite(norms))
-    share = lambda flags: flags.sum() / jnp.maximum(present.sum(), 1)
+    share = lambda flags: flags.sum(dtype=jnp.float32) / jnp.maximum(present.sum(dtype=jnp.float32), 1)
     health = jnp.clip(1 - 0.5 * share(vanishing) - 0.8 * share(exploding), 0, 1)
     return norm, elements, jnp.where(jnp.isfinite(norm), health, 0), vanishing.any(), exploding.any()

@@ -67,17 +67,17 @@ def _share(where: Array) -> Array:
 
 
 def _one_hot(index: Array, size: int) -> Array:
-    return jax.nn.one_hot(index, size)
+    return jax.nn.one_hot(index, size, dtype=jnp.float32)
 
 
 def _velocity(slots: SlotState) -> Array:
     a = slots.alpha
     moving = (a.mode != AlphaMode.HOLD) & (a.steps_total > 0)
-    return jnp.where(moving, (a.target - a.start) / jnp.maximum(a.steps_total, 1), 0)
+    return jnp.where(moving, (a.target - a.start) / jnp.maximum(a.steps_total, 1).astype(jnp.float32), 0)
 
 
 def _stage_one_hot(stage: Array) -> Array:
-    return _one_hot(jnp.asarray(STAGE_ONE_HOT_INDEX)[stage], NUM_STAGES)
+    return _one_hot(jnp.asarray(STAGE_ONE_HOT_INDEX, jnp.int32)[stage], NUM_STAGES)
 
 
 def _measured(flag: Array, value: Array) -> Array:
@@ -85,13 +85,15 @@ def _measured(flag: Array, value: Array) -> Array:
 
 
 def _freshness(slots: SlotState) -> Array:
-    return _measured(slots.metrics.contribution_valid, FRESHNESS_DECAY**slots.metrics.contribution_age)
+    return _measured(
+        slots.metrics.contribution_valid, FRESHNESS_DECAY ** slots.metrics.contribution_age.astype(jnp.float32)
+    )
 
 
 _HELD = (Stage.HOLDING, Stage.FOSSILIZED)
 
 GLOBAL_FEATURES = (
-    Feature("epoch", 1, 0, 1, lambda i: i.signals.epoch / i.epochs),
+    Feature("epoch", 1, 0, 1, lambda i: i.signals.epoch.astype(jnp.float32) / i.epochs),
     Feature("val_loss", 1, -1, 1, lambda i: _loss(i.signals.val_loss)),
     Feature("val_accuracy", 1, 0, 1, lambda i: i.signals.val_accuracy / 100),
     Feature("train_accuracy", 1, 0, 1, lambda i: i.signals.train_accuracy / 100),
@@ -101,7 +103,7 @@ GLOBAL_FEATURES = (
         lambda i: _measured(i.signals.history_valid, i.signals.accuracy_history / 100),
     ),
     Feature("history_valid", HISTORY, 0, 1, lambda i: i.signals.history_valid),
-    Feature("plateau", 1, 0, 1, lambda i: jnp.minimum(i.signals.plateau_epochs / PLATEAU_SCALE, 1)),
+    Feature("plateau", 1, 0, 1, lambda i: jnp.minimum(i.signals.plateau_epochs.astype(jnp.float32) / PLATEAU_SCALE, 1)),
     Feature("host_stabilized", 1, 0, 1, lambda i: i.signals.host_stabilized),
     Feature("slots_training", 1, 0, 1, lambda i: _share(i.slots.stage == Stage.TRAINING)),
     Feature("slots_blending", 1, 0, 1, lambda i: _share(i.slots.stage == Stage.BLENDING)),
@@ -113,8 +115,8 @@ GLOBAL_FEATURES = (
 
 def _slot_features() -> tuple[Feature, ...]:
     """Built when asked for, since blueprints can be registered."""
-    clip = lambda x, scale, low=-1: jnp.clip(x / scale, low, 1)
-    share = lambda n, i: jnp.minimum(n / i.epochs, 1)
+    clip = lambda x, scale, low=-1: jnp.clip(x.astype(jnp.float32) / scale, low, 1)
+    share = lambda n, i: jnp.minimum(n.astype(jnp.float32) / i.epochs, 1)
     m = lambda i: i.slots.metrics
     return (
         Feature("occupied", 1, 0, 1, lambda i: i.slots.stage != Stage.DORMANT),
@@ -128,7 +130,7 @@ def _slot_features() -> tuple[Feature, ...]:
         Feature("alpha_steps_done", 1, 0, 1, lambda i: share(i.slots.alpha.steps_done, i)),
         Feature("alpha_velocity", 1, -1, 1, lambda i: _velocity(i.slots)),
         Feature("ramp_epochs", 1, 0, 1, lambda i: clip(i.slots.ramp_epochs, TEMPO_SCALE)),
-        Feature("ramp_target", 1, 0, 1, lambda i: i.slots.ramp_target * (i.slots.blueprint >= 0)),
+        Feature("ramp_target", 1, 0, 1, lambda i: _measured(i.slots.blueprint >= 0, i.slots.ramp_target)),
         Feature(
             "contribution", 1, -1, 1,
             lambda i: _measured(m(i).contribution_valid, clip(m(i).contribution, CONTRIBUTION_SCALE)),

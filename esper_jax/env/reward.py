@@ -214,13 +214,17 @@ def death(penalty: float, clip: float) -> RewardComponents:
     return RewardComponents.zeros().replace(death_penalty=jnp.clip(jnp.float32(-penalty), -clip, clip))
 
 
+def _float(count: Array) -> Array:
+    return jnp.asarray(count, jnp.float32)
+
+
 # Potential-based shaping (Ng, Harada and Russell, 1999).
 
 
 def stage_potential(stage: Array, epochs_in_stage: Array) -> Array:
     """Potential of a seed: its stage's, and a bonus of 0.3 per epoch in it up to 2.0. Any shape."""
     base = jnp.asarray(STAGE_POTENTIAL, jnp.float32)[stage]
-    return base + jnp.clip(EPOCH_BONUS * epochs_in_stage, 0.0, MAX_EPOCH_BONUS)
+    return base + jnp.clip(EPOCH_BONUS * _float(epochs_in_stage), 0.0, MAX_EPOCH_BONUS)
 
 
 def potential(stage: Array, epochs_in_stage: Array) -> Array:
@@ -321,7 +325,7 @@ def attribution(inputs: RewardInputs, weights: RewardWeights, formula: str) -> A
 
 def blending_warning(inputs: RewardInputs) -> Array:
     """f32[] in [-0.4, 0] while a seed is blended in although the seeds as a whole hurt; grows with the epochs."""
-    growth = jnp.minimum(BLENDING_WARNING_SLOPE * inputs.epochs_in_stage, MAX_BLENDING_GROWTH)
+    growth = jnp.minimum(BLENDING_WARNING_SLOPE * _float(inputs.epochs_in_stage), MAX_BLENDING_GROWTH)
     harmful = inputs.total_improvement_valid & (inputs.known_improvement < 0)
     blending = inputs.has_seed & (inputs.stage == Stage.BLENDING)
     return jnp.where(blending & harmful, -BLENDING_WARNING - growth, 0.0)
@@ -329,7 +333,7 @@ def blending_warning(inputs: RewardInputs) -> Array:
 
 def holding_warning(inputs: RewardInputs, attribution: Array) -> Array:
     """f32[] in [-0.3, 0] for drawing attribution from a held seed, from the second epoch, without deciding on it."""
-    late = jnp.maximum(inputs.epochs_in_stage - HOLDING_GRACE_EPOCHS, 0)
+    late = _float(jnp.maximum(inputs.epochs_in_stage - HOLDING_GRACE_EPOCHS, 0))
     size = jnp.minimum(HOLDING_WARNING + HOLDING_WARNING_SLOPE * late, MAX_HOLDING_WARNING)
     held = inputs.has_seed & (inputs.stage == Stage.HOLDING) & (inputs.epochs_in_stage >= HOLDING_GRACE_EPOCHS)
     decided = (inputs.op == Op.FOSSILIZE) | (inputs.op == Op.PRUNE)
@@ -378,12 +382,12 @@ def alpha_shock(energy: Array, weights: RewardWeights) -> Array:
 
 def occupancy_rent(occupied: Array, weights: RewardWeights) -> Array:
     """f32[] <= 0 for each occupied slot, fossils included, beyond the free ones; i32[] count."""
-    return -weights.occupancy_cost * jnp.maximum(occupied - weights.free_slots, 0.0)
+    return -weights.occupancy_cost * jnp.maximum(_float(occupied) - weights.free_slots, 0.0)
 
 
 def fossilized_rent(fossils: Array, weights: RewardWeights) -> Array:
     """f32[] <= 0 for each fossil; i32[] count."""
-    return -weights.fossil_maintenance_cost * fossils
+    return -weights.fossil_maintenance_cost * _float(fossils)
 
 
 def _rent_base(host_params: Array, weights: RewardWeights) -> Array:
@@ -408,7 +412,7 @@ def action_cost(requested_op: Array, weights: RewardWeights) -> Array:
 
 def legitimacy(inputs: RewardInputs) -> Array:
     """f32[] in [0, 1]: share of the epochs that a seed should have been held before it is fossilised."""
-    return jnp.minimum(inputs.epochs_in_stage / MIN_HOLDING_EPOCHS, 1.0)
+    return jnp.minimum(_float(inputs.epochs_in_stage) / MIN_HOLDING_EPOCHS, 1.0)
 
 
 def is_contributing(op: Array, total_improvement: Array, total_improvement_valid: Array) -> Array:
@@ -440,7 +444,7 @@ def fossilize_bonus(inputs: RewardInputs, weights: RewardWeights) -> Array:
 
 def prune_shaping(inputs: RewardInputs, weights: RewardWeights) -> Array:
     """f32[] what PRUNE earns: a bonus for a harmful seed, a penalty for a useful, young or fossilised one."""
-    contribution, age = inputs.known_contribution, inputs.seed_age
+    contribution, age = inputs.known_contribution, _float(inputs.seed_age)
     hurting = jnp.where(age < PRUNE_BONUS_AGE, PRUNE_EARLY, PRUNE_HURTING)
     good = jnp.maximum(PRUNE_GOOD - PRUNE_GOOD_SLOPE * contribution, MIN_PRUNE_GOOD)
     judged = jnp.where(contribution < 0, PRUNE_ACCEPTABLE, good)
@@ -522,7 +526,7 @@ def _shaped(inputs: RewardInputs, weights: RewardWeights, formula: str) -> Rewar
 
 def _simplified(inputs: RewardInputs, weights: RewardWeights) -> RewardComponents:
     accuracy = SIMPLIFIED_ACCURACY_WEIGHT * inputs.val_accuracy / 100.0
-    end = accuracy + SIMPLIFIED_FOSSIL_WEIGHT * inputs.contributing_fossils
+    end = accuracy + SIMPLIFIED_FOSSIL_WEIGHT * _float(inputs.contributing_fossils)
     return RewardComponents.zeros().replace(
         shaping=_environment_shaping(inputs, weights),
         action_cost=jnp.where(inputs.requested_op == Op.WAIT, 0.0, -SIMPLIFIED_ACTION_COST),

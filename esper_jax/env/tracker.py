@@ -42,12 +42,12 @@ def init(cfg: TrackerConfig) -> TrackerState:
         host_stabilized=stabilized,
         best_val_accuracy=zero,
         best_val_loss=zero,
-        loss_history=jnp.zeros(HISTORY),
-        accuracy_history=jnp.zeros(HISTORY),
+        loss_history=jnp.zeros(HISTORY, jnp.float32),
+        accuracy_history=jnp.zeros(HISTORY, jnp.float32),
         history_valid=jnp.zeros(HISTORY, bool),
         available_slots=none,
     )
-    window = jnp.zeros(cfg.history_window)
+    window = jnp.zeros(cfg.history_window, jnp.float32)
     return TrackerState(window, window, none, none, none, stabilized, latest)
 
 

@@ -90,7 +90,8 @@ def seed_params(setting: Setting, slots: SlotState) -> Array:
     """i32[S]: parameters of the seed in each slot, with its gate."""
     number = seed_bank.kind_of(slots.blueprint, tuple(setting.cfg.lifecycle.blueprints))
     sizes = [
-        jnp.asarray(seed_bank.param_counts(setting.kinds, w))[number[s]] + blend.gate_size(w) * slots.has_gate[s]
+        jnp.asarray(seed_bank.param_counts(setting.kinds, w))[number[s]]
+        + blend.gate_size(w) * slots.has_gate[s].astype(jnp.int32)
         for s, w in enumerate(setting.cfg.host.slot_widths)
     ]
     return jnp.where(stages.is_active(slots.stage), jnp.stack(sizes), 0)
@@ -101,7 +102,7 @@ def relative_sizes(setting: Setting, state: EnvState) -> tuple[Array, Array]:
     added, host = seed_params(setting, state.slots), cnn.param_count(state.model.host)
     live = networks.live_slots(state.model, state.slots)
     fossil = state.slots.stage == Stage.FOSSILIZED
-    relative = lambda there: 1.0 + jnp.where(there, added, 0).sum() / host
+    relative = lambda there: 1.0 + jnp.where(there, added, 0).sum(dtype=jnp.int32).astype(jnp.float32) / host
     return relative(live), relative(fossil)
 
 
@@ -131,10 +132,10 @@ def newborn(setting: Setting, key: Array) -> EnvState:
     unmeasured = Evaluation(
         loss=jnp.float32(guess_loss),
         accuracy=jnp.float32(guess),
-        table=jnp.full(len(setting.configurations), guess),
+        table=jnp.full(len(setting.configurations), guess, jnp.float32),
         committed=jnp.float32(guess),
         committed_loss=jnp.float32(guess_loss),
-        per_class=jnp.full(classes, guess),
+        per_class=jnp.full(classes, guess, jnp.float32),
         per_class_valid=jnp.zeros(classes, bool),
     )
     none = jnp.int32(0)
@@ -247,7 +248,7 @@ def apply_verdict(
         model=model,
         slots=restored,
         optimiser=host_training.reset_momentum(state.optimiser, nobody, nobody, everything=verdict.panic),
-        rollbacks=state.rollbacks + verdict.panic,
+        rollbacks=state.rollbacks + verdict.panic.astype(jnp.int32),
     )
     return state, verdict
 
@@ -281,7 +282,7 @@ def record(
         train_accuracy=metrics.accuracy,
         val_loss=jnp.where(accepted, measured.loss, jnp.nan),  # the tracker skips what is not finite
         val_accuracy=measured.accuracy,
-        available_slots=(seen.stage == Stage.DORMANT).sum(),
+        available_slots=(seen.stage == Stage.DORMANT).sum(dtype=jnp.int32),
     )
     known = accepted & found.total_improvement_valid
     return state.replace(
@@ -327,7 +328,7 @@ def transition_reward(
         total_improvement_valid=after.improvement_valid & has_seed.any(),
         val_accuracy=accuracy,
         committed_accuracy=after.evaluation.committed,
-        contributing_fossils=before.contributing_fossils + contributing,
+        contributing_fossils=before.contributing_fossils + contributing.astype(jnp.int32),
         terminal=after.epoch >= setting.cfg.training.epochs,
         host_params=jnp.float32(cnn.param_count(before.model.host)),
         slot_stage=after.slots.stage,
@@ -357,7 +358,7 @@ def own_progress(setting: Setting, before: EnvState, info: StepInfo) -> RewardCo
         episode_over=jnp.bool_(False),
     )
     both = jax.tree.map(lambda *rows: jnp.stack(rows), reward.Course.of(earlier), reward.Course.of(info))
-    components = reward.paired(both, jnp.zeros(2), setting.weights, setting.fine)
+    components = reward.paired(both, jnp.zeros(2, jnp.float32), setting.weights, setting.fine)
     return jax.tree.map(lambda leaf: leaf[1], components)
 
 
@@ -407,7 +408,7 @@ def describe(
         gradient_ratio=state.slots.metrics.gradient_ratio,
         gradient_health=state.slots.metrics.gradient_health,
         gradient_valid=state.slots.metrics.gradient_valid,
-        params=cnn.param_count(state.model.host) + seed_params(setting, state.slots).sum(),
+        params=cnn.param_count(state.model.host) + seed_params(setting, state.slots).sum(dtype=jnp.int32),
         blended_size=blended,
         committed_size=committed,
         components=components,

@@ -18,9 +18,10 @@ TOLERANCE = 1e-6  # alphas closer than this are equal
 
 def init(n_slots: int) -> AlphaState:
     """Controllers at rest at alpha 0."""
-    zeros, count = jnp.zeros(n_slots), jnp.zeros(n_slots, jnp.int32)
+    zeros, count = jnp.zeros(n_slots, jnp.float32), jnp.zeros(n_slots, jnp.int32)
     curve = jnp.full(n_slots, AlphaCurve.LINEAR, jnp.int32)
-    return AlphaState(zeros, zeros, zeros, count, curve, jnp.full(n_slots, DEFAULT_STEEPNESS), count, count)
+    steepness = jnp.full(n_slots, DEFAULT_STEEPNESS, jnp.float32)
+    return AlphaState(zeros, zeros, zeros, count, curve, steepness, count, count)
 
 
 def curve(kind: Array, t: Array, steepness: Array | float = DEFAULT_STEEPNESS) -> Array:
@@ -70,9 +71,10 @@ def tick(state: AlphaState, where: Array) -> tuple[AlphaState, Array]:
     """One epoch of the ramps in `where` (bool[S]). Returns the state and bool[S]: the target was reached by this
     tick."""
     moving = where & (state.mode != AlphaMode.HOLD) & (state.steps_total > 0)
-    done = state.steps_done + moving
+    done = state.steps_done + moving.astype(jnp.int32)
     reached = moving & (done >= state.steps_total)
-    progress = curve(state.curve, done / jnp.maximum(state.steps_total, 1), state.steepness)
+    time = done.astype(jnp.float32) / jnp.maximum(state.steps_total, 1).astype(jnp.float32)
+    progress = curve(state.curve, time, state.steepness)
     between = state.start + (state.target - state.start) * progress
     low, high = jnp.minimum(state.start, state.target), jnp.maximum(state.start, state.target)
     alpha = jnp.where(reached, state.target, jnp.where(moving, jnp.clip(between, low, high), state.alpha))

@@ -56,17 +56,17 @@ class Outcome:
 
 def decode(action: Action) -> Request:
     """Indices of the heads to the values behind them."""
-    look_up = lambda table, index: jnp.asarray(table)[index]
+    look_up = lambda table, index, dtype=jnp.int32: jnp.asarray(table, dtype)[index]
     return Request(
         op=action.op,
         slot=action.slot,
         blueprint=action.blueprint,
-        algorithm=look_up([int(a) for a in STYLE_ALGORITHM], action.style),
-        ramp_curve=look_up([int(c) for c in STYLE_CURVE], action.style),
+        algorithm=look_up(STYLE_ALGORITHM, action.style),
+        ramp_curve=look_up(STYLE_CURVE, action.style),
         ramp_epochs=look_up(TEMPO_EPOCHS, action.tempo),
-        target=look_up(ALPHA_TARGETS, action.alpha_target),
+        target=look_up(ALPHA_TARGETS, action.alpha_target, jnp.float32),
         steps=look_up(ALPHA_SPEED_EPOCHS, action.alpha_speed),
-        curve=look_up([int(c) for c in ALPHA_CURVES], action.alpha_curve),
+        curve=look_up(ALPHA_CURVES, action.alpha_curve),
     )
 
 

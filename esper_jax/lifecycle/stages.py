@@ -64,7 +64,7 @@ def is_active(stage: Array) -> Array:
 
 def seed_count(stage: Array) -> Array:
     """i32[]: seeds alive or fossilised; slots in cooldown hold none."""
-    return is_active(stage).sum()
+    return is_active(stage).sum(dtype=jnp.int32)
 
 
 def frozen(slots: SlotState) -> Array:
@@ -74,7 +74,7 @@ def frozen(slots: SlotState) -> Array:
 
 def empty(n_slots: int) -> SlotState:
     """Records of empty slots."""
-    zero, count, no = jnp.zeros(n_slots), jnp.zeros(n_slots, jnp.int32), jnp.zeros(n_slots, bool)
+    zero, count, no = (jnp.zeros(n_slots, dtype) for dtype in (jnp.float32, jnp.int32, bool))
     record = SlotState(
         stage=jnp.full(n_slots, Stage.DORMANT, jnp.int32),
         previous_stage=jnp.full(n_slots, Stage.DORMANT, jnp.int32),
@@ -84,7 +84,7 @@ def empty(n_slots: int) -> SlotState:
         blueprint=jnp.full(n_slots, -1, jnp.int32),
         algorithm=jnp.full(n_slots, AlphaAlgorithm.NONE, jnp.int32),
         ramp_curve=jnp.full(n_slots, AlphaCurve.LINEAR, jnp.int32),
-        ramp_target=jnp.ones(n_slots),
+        ramp_target=jnp.ones(n_slots, jnp.float32),
         ramp_epochs=count,
         isolate=no,
         has_gate=no,
@@ -124,10 +124,10 @@ def record_accuracy(slots: SlotState, accuracy: Array) -> SlotState:
     """Notes an epoch's accuracy (f32[]) for every slot with a seed; the first one becomes its baseline."""
     here = is_active(slots.stage)
     first = here & (slots.epochs_total == 0)
-    m = slots.metrics
+    m, one = slots.metrics, here.astype(jnp.int32)
     return slots.replace(
-        epochs_total=slots.epochs_total + here,
-        epochs_in_stage=slots.epochs_in_stage + here,
+        epochs_total=slots.epochs_total + one,
+        epochs_in_stage=slots.epochs_in_stage + one,
         metrics=m.replace(
             initial_accuracy=jnp.where(first, accuracy, m.initial_accuracy),
             stage_start_accuracy=jnp.where(first, accuracy, m.stage_start_accuracy),
@@ -147,7 +147,7 @@ def record_contribution(slots: SlotState, contribution: Array, measured: Array) 
             contribution=jnp.where(measured, contribution, m.contribution),
             contribution_valid=m.contribution_valid | measured,
             contribution_velocity=jnp.where(measured, velocity, m.contribution_velocity),
-            contribution_age=jnp.where(measured, 0, m.contribution_age + m.contribution_valid),
+            contribution_age=jnp.where(measured, 0, m.contribution_age + m.contribution_valid.astype(jnp.int32)),
         )
     )
 
@@ -198,7 +198,8 @@ def gate(slots: SlotState, cfg: LifecycleConfig) -> GateResult:
         (Stage.BLENDING, g3, slots.alpha.alpha),
         (Stage.HOLDING, g5, contribution_score),
     )
-    result = GateResult(jnp.full(stage.shape, -1, jnp.int32), jnp.zeros(stage.shape, bool), jnp.zeros(stage.shape))
+    level, passed, score = (jnp.full(stage.shape, -1, jnp.int32), jnp.zeros(stage.shape, bool), jnp.zeros_like(gained))
+    result = GateResult(level, passed, score)
     for source, passed, score in rows:
         here = stage == source
         result = GateResult(
@@ -241,7 +242,7 @@ def tick(slots: SlotState, cfg: LifecycleConfig) -> SlotState:
 
 
 def _cool_down(slots: SlotState, stage: Array, cfg: LifecycleConfig) -> SlotState:
-    counting = is_in(stage, (Stage.EMBARGOED, Stage.RESETTING))
+    counting = is_in(stage, (Stage.EMBARGOED, Stage.RESETTING)).astype(jnp.int32)
     slots = slots.replace(epochs_in_stage=slots.epochs_in_stage + counting, epochs_total=slots.epochs_total + counting)
     slots = enter(slots, stage == Stage.PRUNED, Stage.EMBARGOED)
     slots = enter(slots, (stage == Stage.EMBARGOED) & (slots.epochs_in_stage >= cfg.embargo_epochs), Stage.RESETTING)

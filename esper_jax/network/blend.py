@@ -88,7 +88,7 @@ def gate_init(key: Array, width: int) -> Array:
     hidden = gate_hidden(width)
     sizes, fans = (width * hidden, hidden, hidden, 1), (width, width, hidden, hidden)
     bounds = np.concatenate([np.full(size, fan**-0.5, np.float32) for size, fan in zip(sizes, fans, strict=True)])
-    return jnp.asarray(bounds) * jax.random.uniform(key, bounds.shape, minval=-1, maxval=1)
+    return jnp.asarray(bounds) * jax.random.uniform(key, bounds.shape, jnp.float32, -1, 1)
 
 
 def gate_value(gate: Array, x: Array) -> Array:
@@ -112,7 +112,7 @@ def blend(mode: Array, h: Array, s: Array, x: Array, alpha: Array, gate: Array) 
     s = s.astype(h.dtype)
     alpha = alpha.astype(h.dtype)
     # selected rather than branched: all of this fuses into one pass over a cached tile, and compiles once
-    weight = alpha * jnp.where(mode == GATE, gate_value(gate, x), 1).astype(h.dtype)
+    weight = (alpha * jnp.where(mode == GATE, gate_value(gate, x), 1).astype(h.dtype))[None, None, None]
     # the form that is exact at its end of the range
     mixed = jnp.where(weight < 0.5, h + weight * (s - h), s - (s - h) * (1 - weight))
     multiplied = h * (1 + alpha * jnp.tanh(s - x))

@@ -69,9 +69,9 @@ class Blueprint(NamedTuple):
         spec = self.spec(width)
         keys = jax.random.split(key, max(len(spec), 1))
         return {
-            name: jax.random.uniform(k, p.shape, minval=p.low, maxval=p.high)
+            name: jax.random.uniform(k, p.shape, jnp.float32, p.low, p.high)
             if p.low < p.high
-            else jnp.full(p.shape, p.low)
+            else jnp.full(p.shape, p.low, jnp.float32)
             for k, (name, p) in zip(keys, spec.items(), strict=False)
         }
 

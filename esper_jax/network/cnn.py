@@ -54,12 +54,12 @@ def init(key: Array, cfg: HostConfig, *, channels: int = 3, classes: int = 10) -
     *block_keys, kernel_key, bias_key = jax.random.split(key, cfg.n_blocks + 2)
     widths = (channels, *cfg.widths)
     blocks = tuple(
-        Block(layers.conv_init(k, cfg.kernel_size, c, o), jnp.ones(o), jnp.zeros(o))
+        Block(layers.conv_init(k, cfg.kernel_size, c, o), jnp.ones(o, jnp.float32), jnp.zeros(o, jnp.float32))
         for k, c, o in zip(block_keys, widths, widths[1:], strict=False)
     )
     kernel = layers.uniform_fan_in(kernel_key, (widths[-1], classes), widths[-1])
     bias = layers.uniform_fan_in(bias_key, (classes,), widths[-1])
-    stats = tuple(Statistics(jnp.zeros(o), jnp.ones(o)) for o in cfg.widths)
+    stats = tuple(Statistics(jnp.zeros(o, jnp.float32), jnp.ones(o, jnp.float32)) for o in cfg.widths)
     return HostVars(HostParams(blocks, kernel, bias), stats, cfg)
 
 
@@ -102,7 +102,7 @@ def eval_block(vars: HostVars, i: int, tile: Array) -> Array:
 
 def read_out(vars: HostVars, tile: Array) -> Array:
     """Logits of one tile after the last block: `[C, H, W, N]` to f32 `[N, classes]`."""
-    return layers.global_average(tile).T @ vars.params.kernel + vars.params.bias
+    return layers.global_average(tile).T @ vars.params.kernel + vars.params.bias[None]
 
 
 def apply(

@@ -126,7 +126,7 @@ def _shifted_sum(x: Array, kernel: Array) -> Array:
     padded = lax.optimization_barrier(_pad_image(x, size // 2)).astype(jnp.float32)
     weights = kernel.astype(x.dtype).astype(jnp.float32)[..., None, None, None]
     places = [(i, j, k) for i in range(size) for j in range(size) for k in range(c)]
-    return sum(weights[i, j, k] * padded[k, i : i + h, j : j + w] for i, j, k in places)
+    return sum(weights[i, j, k] * padded[k, None, i : i + h, j : j + w] for i, j, k in places)
 
 
 def _by_blocks(x: Array, kernel: Array) -> Array:
@@ -139,17 +139,17 @@ def _by_blocks(x: Array, kernel: Array) -> Array:
     rows = _largest_divisor(h, most // columns)
     if (rows, columns) == (h, w):
         return _as_product(patches(x, size), kernel, x.shape[1:])
-    padded = _pad_image(x, size // 2)
+    padded, zero = _pad_image(x, size // 2), jnp.int32(0)
 
     def block(number, out):
         # not // and %, which compile to a dozen operations that see to the signs
-        across = jnp.int32(w // columns)
+        number, across = lax.convert_element_type(number, jnp.int32), jnp.int32(w // columns)
         i, j = lax.div(number, across) * rows, lax.rem(number, across) * columns
-        part = lax.dynamic_slice(padded, (0, i, j, 0), (c, rows + size - 1, columns + size - 1, n))
+        part = lax.dynamic_slice(padded, (zero, i, j, zero), (c, rows + size - 1, columns + size - 1, n))
         product = _as_product(_slices(part, size, rows, columns), kernel, (rows, columns, n))
-        return lax.dynamic_update_slice(out, product, (0, i, j, 0))
+        return lax.dynamic_update_slice(out, product, (zero, i, j, zero))
 
-    return lax.fori_loop(0, h * w // (rows * columns), block, jnp.zeros((o, h, w, n)))
+    return lax.fori_loop(0, h * w // (rows * columns), block, jnp.zeros((o, h, w, n), jnp.float32))
 
 
 @jax.custom_vjp
@@ -226,7 +226,7 @@ def _moments(y: Array) -> tuple[Array, Array]:
 def _merge_moments(means: Array, variances: Array) -> tuple[Array, Array]:
     """Mean and biased variance of equal-sized tiles together: `[T, O]` to `[O]` (Chan et al. 1979)."""
     mean = means.mean(0)
-    return mean, variances.mean(0) + jnp.square(means - mean).mean(0)
+    return mean, variances.mean(0) + jnp.square(means - mean[None]).mean(0)
 
 
 def batch_norm(x: Array, scale: Array, bias: Array) -> Array:
@@ -248,14 +248,14 @@ def _scale_shift(gamma: Array, beta: Array, mean: Array, var: Array) -> tuple[Ar
     return scale, beta - mean * scale
 
 
-def _per_channel(v: Array) -> Array:
-    """`[O]` against a tile `[O, H, W, N]` (or tiles, with a leading axis)."""
-    return v[:, None, None, None]
+def _per_channel(v: Array, features: Array) -> Array:
+    """`[O]` against a tile `[O, H, W, N]` or tiles `[T, O, H, W, N]`."""
+    return jnp.expand_dims(v, (*range(features.ndim - 4), -3, -2, -1))
 
 
 def _affine(y: Array, scale: Array, shift: Array) -> Array:
     """Per-channel `y * scale + shift` of a tile, in float32 and back."""
-    return (y.astype(jnp.float32) * _per_channel(scale) + _per_channel(shift)).astype(y.dtype)
+    return (y.astype(jnp.float32) * _per_channel(scale, y) + _per_channel(shift, y)).astype(y.dtype)
 
 
 # --- the host's block: convolution, BatchNorm, ReLU, 2x2 max-pool ----------------------------------------------------
@@ -263,7 +263,7 @@ def _affine(y: Array, scale: Array, shift: Array) -> Array:
 
 def _sign(scale: Array) -> Array:
     """+1, or -1 where a channel's scale is negative: there the largest normalised value is the smallest of y."""
-    return jnp.where(scale < 0, -1.0, 1.0)
+    return jnp.where(scale < 0, -1.0, jnp.ones_like(scale))
 
 
 def _pool(y: Array) -> tuple[Array, Array]:
@@ -292,7 +292,7 @@ def block_eval(x: Array, kernel: Array, gamma: Array, beta: Array, mean: Array, 
     if pool:
         # normalised after the pool: a quarter of the work
         sign = _sign(scale)
-        y, scale = _pool(y * _per_channel(sign).astype(y.dtype))[0], scale * sign
+        y, scale = _pool(y * _per_channel(sign, y).astype(y.dtype))[0], scale * sign
     return jnp.maximum(_affine(y, scale, shift), 0)
 
 
@@ -320,7 +320,7 @@ def _block_forward(x, kernel, gamma, beta, pool):
 
     def convolve(tile):
         y = conv_tile(tile, kernel)
-        top, winner = _pool(y * _per_channel(sign).astype(y.dtype)) if pool else (None, None)
+        top, winner = _pool(y * _per_channel(sign, y).astype(y.dtype)) if pool else (None, None)
         return y, top, winner, *_moments(y)
 
     y, top, winner, means, variances = lax.map(convolve, x)
@@ -338,8 +338,8 @@ def _block_backward(pool, residuals, cotangents):
     inv_std = lax.rsqrt(variance + BATCH_NORM_EPSILON)
     # the gradient by the normalised map is zero but at the windows' winners, so its sums need only those
     d_top = jnp.where(z > 0, d_z, 0).astype(jnp.float32)
-    winners = top * _per_channel(_sign(gamma)).astype(y.dtype) if pool else y
-    standardised = (winners.astype(jnp.float32) - _per_channel(mean)) * _per_channel(inv_std)
+    winners = top * _per_channel(_sign(gamma), y).astype(y.dtype) if pool else y
+    standardised = (winners.astype(jnp.float32) - _per_channel(mean, y)) * _per_channel(inv_std, y)
     total = lambda maps: maps.sum((2, 3, 4)).sum(0)  # tile by tile: smaller rounding errors
     d_beta, d_gamma = total(d_top), total(d_top * standardised)
     # BatchNorm: d_y = gamma / std (d - mean(d) - standardised mean(d standardised))
@@ -348,13 +348,13 @@ def _block_backward(pool, residuals, cotangents):
 
     def propagate(d_kernel, tile):
         x, y, d_top, winner = tile
-        d = d_top * _per_channel(scale)
+        d = d_top * _per_channel(scale, y)
         d = _unpool(d, winner, y.shape) if pool else d
-        centred = (y.astype(jnp.float32) - _per_channel(mean)) * _per_channel(slope) + _per_channel(constant)
+        centred = (y.astype(jnp.float32) - _per_channel(mean, y)) * _per_channel(slope, y) + _per_channel(constant, y)
         d_x, d_kernel_tile = conv_tile_backward(x, kernel, (d - centred).astype(x.dtype))
         return d_kernel + d_kernel_tile, d_x
 
-    d_kernel, d_x = lax.scan(propagate, jnp.zeros(kernel.shape), (x, y, d_top, winner))
+    d_kernel, d_x = lax.scan(propagate, jnp.zeros(kernel.shape, jnp.float32), (x, y, d_top, winner))
     return d_x, d_kernel, d_gamma, d_beta
 
 

@@ -40,7 +40,8 @@ def init(
 ) -> Model:
     """A new host with empty slots that can hold the named kinds of seeds."""
     size = lambda width: seed_bank.packed_size(seed_bank.table(blueprints), width)
-    seeds = tuple(SeedVars(jnp.zeros(size(w)), jnp.zeros(blend.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
+    zeros = lambda length: jnp.zeros(length, jnp.float32)
+    seeds = tuple(SeedVars(zeros(size(w)), zeros(blend.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
     return Model(cnn.init(key, cfg, channels=channels, classes=classes), seeds)
 
 
@@ -84,12 +85,12 @@ def distinct_configurations(live: Array) -> tuple[Array, Array]:
     Returns: i32[2^S] positions, and the number of different outputs, i32[].
     """
     n_slots = live.shape[0]
-    patterns = jnp.arange(2**n_slots)
+    patterns = jnp.arange(2**n_slots, dtype=jnp.int32)
     position = jnp.zeros_like(patterns)
     for j in range(n_slots):
         on = (patterns >> j) & 1
         position = jnp.where(live[j], 2 * position + on, position)
-    return position, 2 ** live.sum()
+    return position, 2 ** live.sum(dtype=jnp.int32)
 
 
 def forward_all_configurations(model: Model, state: SlotState, tile: Array) -> Array:

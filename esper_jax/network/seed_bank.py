@@ -32,7 +32,7 @@ def kind_of(blueprint: Array, names: tuple[str, ...]) -> Array:
     numbers = [0] * len(BLUEPRINTS)
     for number, name in enumerate((name for name in names if name != "noop"), start=1):
         numbers[BLUEPRINTS.index(name)] = number
-    return jnp.where(blueprint < 0, 0, jnp.asarray(numbers)[jnp.maximum(blueprint, 0)])
+    return jnp.where(blueprint < 0, 0, jnp.asarray(numbers, jnp.int32)[jnp.maximum(blueprint, 0)])
 
 
 def param_counts(kinds: tuple[Blueprint, ...], width: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def pack(params: dict[str, Array], size: int) -> Array:
     """Parameters one after the other, then zeros, `f32[size]`."""
     flat = [jnp.ravel(leaf) for leaf in params.values()]
     used = sum(leaf.size for leaf in flat)
-    return jnp.concatenate([*flat, jnp.zeros(size - used)])
+    return jnp.concatenate([*flat, jnp.zeros(size - used, jnp.float32)])
 
 
 def unpack(blueprint: Blueprint, width: int, vector: Array) -> dict[str, Array]:
@@ -78,8 +78,8 @@ def tensor_ids(kinds: tuple[Blueprint, ...], width: int, kind: Array) -> tuple[A
     """
     sizes = _by_tensor(kinds, width, lambda initial: initial.size, 0)
     ends = jnp.asarray(np.cumsum(sizes, 1), jnp.int32)[kind]
-    element = jnp.arange(packed_size(kinds, width))
-    number = (element[:, None] >= ends).sum(1)
+    element = jnp.arange(packed_size(kinds, width), dtype=jnp.int32)
+    number = (element[:, None] >= ends[None]).sum(1, dtype=jnp.int32)
     return jnp.where(element < ends[-1], number, sizes.shape[1]), sizes.shape[1]
 
 
@@ -90,7 +90,7 @@ def germinate(key: Array, kinds: tuple[Blueprint, ...], width: int, kind: Array)
     ids = jnp.minimum(ids, tensors - 1)
     low = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.low, 0))[kind][ids]
     high = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.high, 0))[kind][ids]
-    return jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape), 0)
+    return jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape, jnp.float32), 0)
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------
