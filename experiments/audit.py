@@ -11,7 +11,6 @@ the returns' variance that lies between controllers: what a learner can use at m
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -26,7 +25,7 @@ from esper_jax.control.arms import controllers
 from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import checkpoint, compilation, provenance
+from esper_jax.run import checkpoint, command, compilation, devices, provenance
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
 
@@ -71,10 +70,12 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[
         raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
     cfg = Config.from_json(json.dumps(card["config"]))
     cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
+    devices.use_cpus(cfg.devices)
+    devices.backend()
     dataset = data.load(cfg.data, announce=console.say)
-    if dataset.identity != card["data"]["identity"]:
+    if not provenance.same_data(dataset.identity, card["data"]["identity"]):
         raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
-    meta = {"config": provenance.computed(cfg), "data": dataset.identity}
+    meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
     rows = []
     for mode in MODES:
         with console.step(mode, "compiled and played"):
@@ -87,7 +88,7 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    command.use_plain_streams()
 
     def options(run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None) -> tuple[Path, Path | None]:
         """Plays the comparison of a finished run under every reward mode: does the return rank by what is achieved?
@@ -103,15 +104,19 @@ def main(argv: list[str] | None = None) -> int:
     folder, data_dir = tyro.cli(options, args=sys.argv[1:] if argv is None else argv, prog=PROGRAM)
     console = Console()
     try:
-        rows = audit(folder, console, data_dir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    text = text_table(COLUMNS, rows)
-    (folder / "audit.txt").write_text(text + "\n", encoding="utf-8")
-    console.say(text, always=True)
+        with command.refusing(ValueError, OSError):
+            text = text_table(COLUMNS, audit(folder, console, data_dir))
+            console.say(text, always=True)
+            (folder / "audit.txt").write_text(text + "\n", encoding="utf-8")
+    except command.Refusal as refusal:
+        return command.refused(refusal)
+    except KeyboardInterrupt:
+        command.say("stopped")
+        return command.STOPPED
+    except Exception as error:
+        return command.broken(error, None)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

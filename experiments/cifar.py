@@ -7,19 +7,17 @@ writes a folder with the table, the pictures and everything they were made from;
 
 from __future__ import annotations
 
-import argparse
+import collections
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax
 import tyro
 
 from esper_jax import Config, data, presets
-from esper_jax.run import job, provenance
+from esper_jax.run import command, devices, job, provenance
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -38,24 +36,39 @@ class Options(job.JobOptions):
     """folder that holds the CIFAR-10 files; none looks in $ESPER_DATA and the user's cache, then downloads"""
 
 
+@dataclass(frozen=True)
+class Early:
+    """The options that decide the defaults of the others."""
+
+    preset: str | None = None
+    data: str | None = None
+    data_dir: str | None = None
+    resume: str | None = None
+    devices: int = 0
+
+
 def parse(argv: list[str]) -> Options:
     """The command line. Raises ValueError for what does not go together; exits with a hint for an unknown option."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the defaults of others
-    for name in ("preset", "data", "data-dir", "resume"):
-        early.add_argument(f"--{name}")
-    dashed = [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in argv]  # as tyro takes both
-    asked, _ = early.parse_known_args(dashed)
-    asked.preset = asked.preset if asked.preset in presets.PRESETS else None  # refused below, with its neighbours
-    preset = asked.preset or ("quick" if jax.default_backend() == "cpu" else "full")
-    if asked.resume:
-        card = provenance.read_card(Path(asked.resume))
-        preset, cfg = card["preset"], Config.from_json(json.dumps(card["config"]))
+    check_given_once(argv)
+    early = [word for word in argv if word not in ("-h", "--help")]
+    asked, _ = tyro.cli(Early, args=early, prog=PROGRAM, add_help=False, return_unknown_args=True)
+    card = provenance.read_card(Path(asked.resume)) if asked.resume else None
+    then = Config.from_json(json.dumps(card["config"])) if card else None
+    devices.use_cpus(asked.devices or (then.devices if then else 0))
+    known = asked.preset if asked.preset in presets.PRESETS else None  # another is refused below, with its neighbours
+    backend = devices.backend()
+    preset = known or ("quick" if backend == "cpu" else "full")
+    if card:
+        preset, cfg = card["preset"], then
+        place = cfg.data.data_dir
+        if place and not data.named_folder("--data-dir", place).is_dir():  # moved since: looked for as if not named
+            cfg = cfg.replace(**{"data.data_dir": None})
     else:
         name = asked.data if asked.data in ("cifar10", "shapes", "digits") else "auto"
         if name == "auto":  # the sizes depend on the data; who only wants to read the help does not wait for a server
-            helping = {"-h", "--help"} & set(argv)
             wrong = asked.data not in (None, "auto")  # refused below
-            name = "digits" if helping or wrong else data.resolve(job.check_folder(asked.data_dir), announce=_warn)
+            look = len(early) == len(argv) and not wrong
+            name = data.resolve(job.check_folder(asked.data_dir), announce=command.say) if look else "digits"
         cfg = presets.get(preset, name)
     if asked.resume and asked.data not in (None, cfg.data.name):
         raise ValueError(f"--data {asked.data} and --resume: {asked.resume} is a run on {cfg.data.name}")
@@ -79,8 +92,12 @@ def parse(argv: list[str]) -> Options:
     return options
 
 
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def check_given_once(argv: list[str]) -> None:
+    """Raises ValueError for an option that is given twice, in whichever of its spellings."""
+    names = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: is given {names.count(twice[0])} times; must be given once")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,4 +105,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main())

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 from esper_jax.config import DataConfig
 from esper_jax.data import cifar10, digits, shapes
+from esper_jax.data.cifar10 import named_folder
 from esper_jax.data.pipeline import DataError, Dataset, Split, epoch_batches, normalise, split, train_batch
 
-__all__ = ["DataError", "Dataset", "Split", "epoch_batches", "load", "normalise", "resolve", "train_batch"]
+__all__ = [
+    "DataError", "Dataset", "Split", "epoch_batches", "load", "named_folder", "normalise", "resolve", "train_batch",
+]  # fmt: skip
 
 # Seconds that servers have to answer: when CIFAR-10 was asked for, and when it would only be nice to have.
 PATIENCE, AUTO_PATIENCE = 10.0, 3.0

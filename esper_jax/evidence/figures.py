@@ -5,17 +5,31 @@ Axis letters: A arms (a learned arm once per policy), P policies, E environments
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from esper_jax.enums import BASELINE, BLUEPRINTS, LEARNED, POLICY, Stage
 from esper_jax.evidence.statistics import mean_interval
 from esper_jax.evidence.tables import by_arm
+
+# A backend that matplotlib does not know, such as the one that notebooks name, keeps it from being imported; none is
+# used here.
+_backend = os.environ.pop("MPLBACKEND", None)
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+finally:
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
 
 # Okabe-Ito: told apart by colour-blind readers, too.
 COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#e69f00", "#999999", "#f0e442")
@@ -31,8 +45,33 @@ STAGE_COLOURS = {
 }
 
 
-def curves(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
-    """Validation accuracy by epoch, and its paired difference to the baseline. Returns the caption."""
+def _picture(draw: Callable[..., tuple[Figure, str]]) -> Callable[..., str]:
+    """Of a function `(metrics, data, ...)` that draws, one `(path, metrics, data, ...)` that writes a PNG file and
+    returns the caption.
+
+    Drawn with matplotlib's own defaults, whatever the settings of the user; the file is either complete or absent.
+    """
+
+    @functools.wraps(draw)
+    def write(path: Path, *args, **kwargs) -> str:
+        work = path.with_name(path.name + ".tmp")
+        try:
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()
+                figure, caption = draw(*args, **kwargs)
+                FigureCanvasAgg(figure).print_figure(work, format="png", dpi=110)
+            work.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                work.unlink(missing_ok=True)
+        return caption
+
+    return write
+
+
+@_picture
+def curves(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
+    """Validation accuracy by epoch, and its paired difference to the baseline."""
     accuracy = {arm: samples.mean(0) for arm, samples in by_arm(metrics, "val_accuracy").items()}  # [E, T]
     names = list(accuracy)
     envs, epochs = accuracy[BASELINE].shape
@@ -50,15 +89,15 @@ def curves(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
     right.set_ylabel(f"paired difference to {BASELINE} (percentage points)")
     right.axhline(0, color="black", linewidth=1)
     figure.suptitle(f"Accuracy on {data}: {envs} environments per arm, same keys in every arm")
-    figure.savefig(path, dpi=110)
-    return (
+    return figure, (
         f"Validation accuracy by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t; a "
         f"learned arm is the mean of its policies), and the paired difference to the bare host ({BASELINE})."
     )
 
 
-def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
-    """What the policies got better at while they were trained. Returns the caption."""
+@_picture
+def learning(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
+    """What the policies got better at while they were trained."""
     kept = metrics["rounds/stage"][..., -1, :] == Stage.FOSSILIZED  # [R, P, E, S]
     rounds, policies, envs = kept.shape[:3]
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -82,15 +121,15 @@ def learning(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _plain_axes(axes)
     figure.suptitle(f"Training on {data}: {policies} x {envs} environments per round (policies x environments)")
-    figure.savefig(path, dpi=110)
-    return (
+    return figure, (
         f"Training of the policies: mean of {envs} environments per round with 95 % intervals (Student t): return, "
         "seeds kept, entropy."
     )
 
 
-def grown(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
-    """Which module each arm kept in which slot, in how many environments, and when. Returns the caption."""
+@_picture
+def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
+    """Which module each arm kept in which slot, in how many environments, and when."""
     stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
     names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
     alone = [name for name in names if names.count(name) == 1]
@@ -132,8 +171,7 @@ def grown(path: Path, metrics: dict[str, np.ndarray], data: str) -> str:
     figure.suptitle(
         f"What was kept on {data}: share of {envs} environments (numbers: epochs, germinated to fossilised)"
     )
-    figure.savefig(path, dpi=110)
-    return (
+    return figure, (
         f"Which module was kept in which slot, as a share of {envs} environments (white: none), with the median epochs "
         f"of germination and fossilisation; in the titles the mean gain over {BASELINE} and the parameters of what was "
         "kept. Learned arms have a panel per policy."
@@ -159,8 +197,9 @@ def _blueprint_colour(kind: int) -> str:
     return COLOURS[(int(kind) - 1) % len(COLOURS)]
 
 
-def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> str:
-    """The life of the seeds in one environment under each arm that grows. Returns the caption.
+@_picture
+def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> tuple[Figure, str]:
+    """The life of the seeds in one environment under each arm that grows.
 
     A learned arm is shown with its first policy. By default it is the environment whose test accuracy under that policy
     is the median one.
@@ -188,8 +227,7 @@ def seeds(path: Path, metrics: dict[str, np.ndarray], data: str, env: int | None
     handles.append(Line2D([], [], color="red", linestyle=":", label="rollback"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(f"Seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)")
-    figure.savefig(path, dpi=110)
-    return (
+    return figure, (
         f"Life of the seeds in environment {env} (the median one under the first policy): a lane per slot, coloured by "
         "stage at the end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
     )

@@ -6,15 +6,18 @@ played, one program at a time: the compiler takes most of the memory of a short 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +42,16 @@ def spread(cfg: Config) -> Config:
     return cfg if cfg.devices else cfg.replace(devices=most)
 
 
-def cache_folder() -> Path:
+def cache_folder() -> Path | None:
     """Where compiled programs are kept: in `$XDG_CACHE_HOME`, else `~/.cache`, apart for every make of processor.
 
     JAX finds a program by what was lowered, and so never a stale one, but does not ask for which CPU it was compiled.
+    None for a user without a home.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        return None
     make = hashlib.sha256("\n".join(_processor()).encode()).hexdigest()[:12]
     return Path(base) / "esper_jax" / "programs" / make
 
@@ -60,20 +67,54 @@ def _processor() -> list[str]:
     return [platform.machine(), *(facts or [platform.processor(), platform.node()])]
 
 
-def keep_programs(folder: Path) -> None:
+def keep_programs(folder: Path | None) -> str | None:
     """Keeps compiled programs for the next start (JAX's own persistent cache), the latest used if there are many.
 
-    A folder that the user set (`JAX_COMPILATION_CACHE_DIR`) stays.
+    A folder that the user set (`JAX_COMPILATION_CACHE_DIR`) stays. Returns a line that says why nothing is kept, if so.
     """
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    named = jax.config.jax_compilation_cache_dir
+    place = named or (folder and str(folder))
+    problem = "there is no home folder" if place is None else None
+    if place is not None and "://" not in place:  # else it is storage that JAX knows how to reach
+        try:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            problem = f"{place}: {error.strerror or error}"
+    if problem:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return f"compiled programs are not kept for the next start: {problem}"
+    if named is None:
+        jax.config.update("jax_compilation_cache_dir", place)
         jax.config.update("jax_compilation_cache_max_size", MOST_CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return None
+
+
+def background(work: dict[str, Callable[[], Any]]) -> dict[str, Future]:
+    """Functions without arguments, called one after the other beside the caller, and what they will return.
+
+    In a daemon thread: the interpreter waits at its end for those of an executor, and so would whoever interrupts it.
+    """
+    futures = {name: Future() for name in work}
+    waiting = collections.deque((futures[name], function) for name, function in work.items())
+
+    def call_all() -> None:
+        while waiting:  # what was returned is kept by the caller alone
+            future, function = waiting.popleft()
+            try:
+                future.set_result(function())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+
+    threading.Thread(target=call_all, daemon=True).start()
+    return futures
 
 
 def run_template(train: Train, cfg: Config, key: jax.Array) -> Any:
     """Shapes and placement of a run's state, without computing it."""
-    return _placed(jax.eval_shape(train.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.SAME))
+    return _placed(jax.eval_shape(train.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.REPLICATED))
 
 
 def compile_ahead(
@@ -87,7 +128,7 @@ def compile_ahead(
       done: called as `done(name, seconds)` when a program is ready.
     """
     mesh = devices.make_mesh(cfg.devices)
-    on_each, split_over_devices = NamedSharding(mesh, devices.SAME), NamedSharding(mesh, devices.EACH)
+    on_each, split_over_devices = NamedSharding(mesh, devices.REPLICATED), NamedSharding(mesh, devices.SHARDED)
     started = time.perf_counter()
     run = run_template(train, cfg, key)
     keys = _placed(jax.eval_shape(train.keys, key, run.round), on_each)
@@ -107,8 +148,7 @@ def compile_ahead(
         lower["pay"] = lambda: train.pay.lower(run.hypers, policies, course(), course().val_loss)
 
     # Tracing holds Python's lock and compiling does not: the two go side by side, each one at a time.
-    tracing, compiling = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    lowered = {name: tracing.submit(function) for name, function in lower.items()}
+    lowered = background(lower)
 
     def program(name: str) -> Callable:
         compiled = lowered.pop(name).result().compile()
@@ -116,9 +156,7 @@ def compile_ahead(
         done(name, time.perf_counter() - started)
         return compiled
 
-    programs = {name: compiling.submit(program, name) for name in lower}
-    for pool in (tracing, compiling):
-        pool.shutdown(wait=False)
+    programs = background({name: functools.partial(program, name) for name in lower})
     programs["rollout"].result()
 
     def call(name: str) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
@@ -23,11 +24,22 @@ from esper_jax.enums import Stage
 from esper_jax.evidence.tables import text_table
 
 
+class _Screen(RichConsole):
+    """A rich console whose reader may leave: what comes then is said to nobody, and nothing stops."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # what is buffered would be written at the interpreter's end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
+
+
 class Console:
     """Lines, steps and bars on one stream; `durations` keeps the seconds of every step by name."""
 
     def __init__(self, *, quiet: bool = False, file: IO[str] | None = None):
-        self.rich = RichConsole(file=file, highlight=False)
+        self.rich = _Screen(file=file, highlight=False)
         self.quiet = quiet
         self.live = self.rich.is_terminal and not quiet
         self.durations: dict[str, float] = {}
@@ -40,7 +52,18 @@ class Console:
     def say(self, text: str = "", *, style: str | None = None, always: bool = False) -> None:
         """A line, not broken where a terminal would; left out when quiet, unless it must be seen."""
         if always or not self.quiet:
-            self.rich.print(text, style=style, markup=False, soft_wrap=True)
+            try:
+                self.rich.print(self._shown(text), style=style, markup=False, soft_wrap=True)
+            except OSError:  # such as a full disk
+                self.rich.on_broken_pipe()
+
+    def _shown(self, text: str) -> str:
+        """The text in what the encoding of the stream has."""
+        try:
+            text.encode(self.rich.encoding)
+        except UnicodeEncodeError:
+            text = text.replace("±", "+-").encode(self.rich.encoding, "replace").decode(self.rich.encoding)
+        return text
 
     def facts(self, rows: dict[str, str]) -> None:
         for name, value in rows.items():
@@ -52,7 +75,8 @@ class Console:
         said: list[str] = []
         started = time.perf_counter()
         if self.live:
-            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            spinner = SpinnerColumn("line" if self.rich.options.ascii_only else "dots")
+            columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn()
             with Progress(*columns, console=self.rich, transient=True) as progress:
                 progress.add_task(f"{name:<9} {what}")
                 yield said
@@ -94,7 +118,8 @@ class Console:
         self.durations[name] = time.perf_counter() - started
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        head, *body = text_table(columns, rows).splitlines()
+        shown = [[self._shown(cell) for cell in row] for row in rows]
+        head, *body = text_table(columns, shown).splitlines()
         self.say(head, style="bold", always=True)
         self.say("\n".join(body), always=True)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +15,58 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXIS = "env"
 SHARDED = PartitionSpec(None, AXIS)  # the second axis, environments, is split over the devices; the first is policies
 REPLICATED = PartitionSpec()  # every device holds all of it
+
+MOST_CPU_DEVICES = 256  # that are made because somebody asks for them
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: those of its affinity, or as many as the quota of its control group pays for."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min([cpus, *map(math.ceil, _quotas(root))]))
+
+
+def _quotas(root: Path) -> list[float]:
+    """CPUs that control groups allow, where one limits them: version 2, then version 1."""
+    base, found = root / "sys/fs/cgroup", []
+    groups = {base}
+    with contextlib.suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = [base / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+        groups.update(own, *(group.parents for group in own))
+    for group in groups:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max 100000"
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            found.append(quota / period)
+    for controller in ("cpu", "cpu,cpuacct"):
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((base / controller / "cpu.cfs_quota_us").read_text())
+            period = int((base / controller / "cpu.cfs_period_us").read_text())
+            if quota > 0:  # -1: no limit
+                found.append(quota / period)
+    return found
+
+
+def use_cpus(asked: int = 0) -> None:
+    """One CPU device per usable CPU, or `asked` if that is more; to be called before anything touches a device.
+
+    Of no consequence on a GPU, once devices exist, or if the environment says how many (`JAX_NUM_CPU_DEVICES`).
+    """
+    if not os.environ.get("JAX_NUM_CPU_DEVICES"):
+        with contextlib.suppress(RuntimeError):  # devices exist
+            jax.config.update("jax_num_cpu_devices", max(usable_cpus(), min(asked, MOST_CPU_DEVICES)))
+
+
+def backend() -> str:
+    """Platform of the devices. Raises ValueError if JAX finds none, or not those that were asked for."""
+    try:
+        return jax.default_backend()
+    except Exception as error:  # an AssertionError without a word among others
+        asked = jax.config.jax_platforms or "unset"
+        reason = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS = {asked}: must name a platform that JAX finds here, such as cpu{reason}"
+        ) from error
 
 
 def make_mesh(devices: int) -> Mesh:

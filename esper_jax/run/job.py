@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,9 +19,9 @@ from esper_jax.config import Config
 from esper_jax.control.arms import controllers
 from esper_jax.enums import LEARNED
 from esper_jax.env.environment import make_env
-from esper_jax.evidence import tables
+from esper_jax.evidence import report, tables
 from esper_jax.network import cnn
-from esper_jax.run import checkpoint, compilation, provenance, records
+from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
 from esper_jax.run.console import Console, round_note
 from esper_jax.train import RunState, Train, make_train
 
@@ -62,22 +61,31 @@ class Job(NamedTuple):
 
 def check_folder(data_dir: str | None) -> str | None:
     """The folder, or a ValueError if it is not there."""
-    if data_dir and not Path(data_dir).expanduser().is_dir():
+    if data_dir and not data.named_folder("--data-dir", data_dir).is_dir():
         raise ValueError(f"--data-dir {data_dir}: must be a folder that exists and holds the CIFAR-10 files")
     return data_dir
 
 
-def prepare(options: JobOptions, command: str) -> Job:
-    """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError."""
+def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) -> Job:
+    """What can be wrong with configuration, data and files is found here. Raises ValueError and OSError.
+
+    Args:
+      command_line: for the run card.
+      held: keeps the run's folder from other processes until it is closed.
+    """
     now = datetime.now()
     cfg = compilation.spread(options.config)
     console = Console(quiet=options.quiet)
-    out = options.resume or options.out or Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
-    if not options.resume and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"--out {out}: is not empty; choose another folder, or go on with --resume {out}")
+    devices.make_mesh(cfg.devices)
     if not options.resume:
         check_folder(cfg.data.data_dir)
-    script = provenance.read_card(out)["script"] if options.resume else None
+        name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
+        out = held.enter_context(folder.new(options.out or name, named=options.out is not None))
+    else:
+        out = options.resume
+        held.enter_context(folder.locked(out))
+    before = provenance.read_card(out) if options.resume else {}
+    script = before.get("script")
     script = options.script.read_text() if options.script else script
     rules = controllers(cfg, script)
     header(console, options, cfg, out, rules=len(rules))
@@ -87,6 +95,8 @@ def prepare(options: JobOptions, command: str) -> Job:
         warn("PRESET full IS MADE FOR A GPU, AND THIS IS A CPU: --preset quick takes minutes, this may take weeks")
     with console.step("data", cfg.data.name) as said:
         dataset = data.load(cfg.data, announce=warn)
+        if (then := before.get("data", {}).get("identity")) and not provenance.same_data(then, dataset.identity):
+            raise ValueError(f"--resume {out}: its data are {then}, those found here {dataset.identity}")
         card = provenance.run_card(cfg, dataset)
         images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
         said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
@@ -98,7 +108,7 @@ def prepare(options: JobOptions, command: str) -> Job:
         jax.eval_shape(rules["script"].act, key, rules["script"].init(key), seen)
     train = make_train(cfg, dataset, rules)
 
-    meta = {"config": provenance.computed(cfg), "data": dataset.identity}
+    meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
     run = None
     if options.resume and checkpoint.steps(out / "checkpoints"):
         template = compilation.run_template(train, cfg, key)
@@ -109,26 +119,27 @@ def prepare(options: JobOptions, command: str) -> Job:
         console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
     card = {
         "status": "running",
-        "command": command,
+        "command": command_line,
         "started": now.isoformat(timespec="seconds"),
         "preset": options.preset,
         "arms": list(train.controllers),
         "script": script,
         **card,
     }
-    out.mkdir(parents=True, exist_ok=True)
     records.write_json(out / "run.json", card)
     return Job(options, cfg, out, console, train, key, run, meta, card)
 
 
 def start(job: Job) -> Job:
     """The job with its rollout compiled, the other programs on their way, and a run to go on with."""
-    with job.console.step("compile", "rollout; learn and report follow") as said, ThreadPoolExecutor(1) as beside:
-        first = beside.submit(job.train.init, job.key) if job.run is None else None
+    with job.console.step("compile", "rollout; learn and report follow") as said:
+        init = {"init": lambda: job.train.init(job.key)} if job.run is None else {}
+        first = compilation.background(init).get("init")
         note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
         cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
         train = compilation.compile_ahead(job.train, cfg, job.key, note)
-    return job._replace(train=train, run=first.result() if first else job.run)
+        run = first.result() if first else job.run
+    return job._replace(train=train, run=run)
 
 
 def header(console: Console, options: JobOptions, cfg: Config, out: Path, rules: int) -> None:
@@ -172,29 +183,44 @@ def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
 
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
-    """The files of a finished run, and the result on the screen."""
-    from esper_jax.evidence import figures, report  # matplotlib is slow to import, and the first lines should be quick
-
+    """The files of a finished run, and the result on the screen: first the numbers, which no picture can cost."""
     out, console, name = job.out, job.console, job.card["data"]["name"]
+    title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
     with console.step("files", str(out)):
         records.write_arrays(out / "metrics.npz", metrics)
         records.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
         records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
-        pictures = {}
-        for draw in (figures.grown, figures.curves, figures.seeds) + ((figures.learning,) if job.cfg.rounds else ()):
-            path = out / f"{draw.__name__}.png"
-            pictures[path] = draw(path, metrics, name)
         rows, claim = tables.table(metrics), tables.sentence(metrics, name)
+        text = "\n".join([title, "", tables.text_table(tables.COLUMNS, rows), *tables.NOTES, "", claim, ""])
+        (out / "summary.txt").write_text(text, encoding="utf-8")
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
         records.write_json(out / "run.json", card)
-        title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
-        (out / "report.html").write_text(report.page(title, rows, claim, pictures, card), encoding="utf-8")
-        text = "\n".join([title, "", tables.text_table(tables.COLUMNS, rows), *tables.NOTES, "", claim, ""])
-        (out / "summary.txt").write_text(text, encoding="utf-8")
+        page = report.page(title, rows, claim, pictures(job, metrics), card)
+        (out / "report.html").write_text(page, encoding="utf-8")
     console.table(tables.COLUMNS, rows)
     for line in (*tables.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
         console.say(line, always=True)
+
+
+def pictures(job: Job, metrics: dict[str, np.ndarray]) -> dict[Path, str]:
+    """Draws the pictures of a run: their files and captions, without those that failed."""
+    drawn: dict[Path, str] = {}
+    warn = lambda what, error: job.console.say(
+        f"  no {what}: {type(error).__name__}: {command.line(error)}", style="bold red", always=True
+    )
+    try:  # matplotlib is slow to import, and the first lines should be quick
+        from esper_jax.evidence import figures
+    except Exception as error:  # whatever an installation or its settings make it raise
+        warn("pictures", error)
+        return drawn
+    for draw in (figures.grown, figures.curves, figures.seeds) + ((figures.learning,) if job.cfg.rounds else ()):
+        path = job.out / f"{draw.__name__}.png"
+        try:
+            drawn[path] = draw(path, metrics, job.card["data"]["name"])
+        except Exception as error:  # a run is worth more than a picture of it
+            warn(path.name, error)
+    return drawn
 
 
 def main(program: str, parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
@@ -204,20 +230,25 @@ def main(program: str, parse: Callable[[list[str]], JobOptions], argv: list[str]
       program: how it is called, for messages.
       parse: the options of its arguments. Raises ValueError for what cannot be.
     """
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one per core; of no consequence on a GPU
-    compilation.keep_programs(compilation.cache_folder())
+    command.use_plain_streams()
     # the call stack of every instruction is a fifth of a kept program
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    if lost := compilation.keep_programs(compilation.cache_folder()):
+        command.say(f"warning: {lost}")
+    job = None
     try:
-        job = prepare(parse(argv), " ".join([program, *argv]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        job = start(job)
-        run, rounds = learn(job)
-        publish(job, rounds | compare(job, run))
+        with contextlib.ExitStack() as held:
+            with command.refusing(ValueError, OSError):
+                job = prepare(parse(argv), " ".join([program, *argv]), held)
+            with command.refusing(OSError):  # such as a full disk
+                job = start(job)
+                run, rounds = learn(job)
+                publish(job, rounds | compare(job, run))
+    except command.Refusal as refusal:
+        return command.refused(refusal)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {program} --resume {job.out}", file=sys.stderr)
-        return 130
+        command.say(f"stopped; go on with: {program} --resume {job.out}" if job else "stopped")
+        return command.STOPPED
+    except Exception as error:
+        return command.broken(error, job and job.out)
     return 0

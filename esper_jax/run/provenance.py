@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 from esper_jax.config import Config
 from esper_jax.data import Dataset
 
+PACKAGE = Path(__file__).parent.parent
 PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # How long a run goes on and where: the configuration that may differ between a run and its continuation.
 NOT_COMPUTED = ("rounds", "report_envs", "devices")
@@ -57,6 +59,16 @@ def data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def digest(identity: str) -> str:
+    """The hash in an identity of data, without what is claimed about them."""
+    return identity.split(" ")[0]
+
+
+def same_data(identity: str, other: str) -> bool:
+    """Whether data are equal, wherever and in whatever layout they lie."""
+    return digest(identity) == digest(other)
+
+
 def computed(cfg: Config) -> dict[str, Any]:
     """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this."""
     fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_COMPUTED}
@@ -84,22 +96,42 @@ def run_card(cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "data": data(dataset),
         "device": device(cfg),
         "versions": versions(),
-        "source": git(),
+        "source": source(),
         "config_hash": hashlib.sha256(cfg.to_json().encode()).hexdigest()[:16],
         "config": dataclasses.asdict(cfg),
     }
 
 
-def git() -> dict[str, Any] | None:
-    """Commit of the source tree, and whether files differ from it; None outside a git checkout."""
-    root = Path(__file__).parent
+def source() -> dict[str, Any]:
+    """Which program: a hash of the package's files, and where they lie in a git checkout its commit, too."""
+    return {"sha256": source_hash(PACKAGE)} | (git(PACKAGE) or {})
+
+
+def source_hash(package: Path) -> str:
+    """SHA-256 of the names and contents of the source files in a folder."""
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        total.update(f"{path.relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
+    return total.hexdigest()
+
+
+def git(package: Path) -> dict[str, Any] | None:
+    """Commit of a package's source tree, and whether files differ from it; None if git does not know the package.
+
+    A checkout around a package is not its own if the package was only installed there.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def ask(*arguments: str) -> str | None:
+        command = ["git", "-C", package, *arguments]
         try:
-            answer = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=5)
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
+    if ask("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
     commit = ask("rev-parse", "HEAD")
     return commit and {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}

@@ -28,7 +28,7 @@ from esper_jax.env import host_training
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
 from esper_jax.run import devices
-from esper_jax.run.devices import SHARDED, REPLICATED
+from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import over_environments
 from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, SlotState, Stage
 

@@ -53,7 +53,7 @@ from esper_jax.lifecycle import masks
 from esper_jax.network import cnn, layers
 from esper_jax.network import model as networks
 from esper_jax.run import checkpoint, compilation, devices, records
-from esper_jax.run.devices import SHARDED, REPLICATED
+from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import Metrics, over_environments, round_of
 from experiments.throughput import roofline
 from experiments.throughput.bench import (

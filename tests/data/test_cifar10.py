@@ -127,6 +127,83 @@ def test_a_pickle_cannot_run_code(tmp_path):
         cifar10.read(tmp_path)
 
 
+def dtype_with(state):
+    """A pickle of one batch whose labels have the dtype int64 with this state."""
+
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, ("i8", False, True), state
+
+    class Labels:
+        def __reduce__(self):
+            make, arguments, (version, shape, _, order, content) = np.zeros(1, np.int64).__reduce__()
+            return make, arguments, (version, shape, Dtype(), order, content)
+
+    return pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": Labels()}, 2)
+
+
+def test_a_pickle_cannot_alter_a_dtype(tmp_path):
+    """An array of 8-byte integers whose dtype says that they are objects makes NumPy follow them as addresses."""
+    files = python_files(make_records())
+    whole = (3, "<", None, None, None, -1, -1, 0)
+    write_python(tmp_path, {name: dtype_with(whole) for name in files})
+    assert cifar10.read(tmp_path).labels.tolist() == [0] * 5
+    for state in (
+        (3, "|", None, None, None, -1, -1, 63),  # its flags: object, counted, in need of a start
+        (3, "<", None, ("a",), {"a": (np.dtype("u1"), 0)}, 8, 1, 16),
+        (3, "<", None, None, None, 4096, -1, 0),
+        (3, "<", (np.dtype("u1"), (8,)), None, None, -1, -1, 0),
+        (3, "O", None, None, None, -1, -1, 0),
+        (),
+    ):
+        write_python(tmp_path, files | {"data_batch_2": dtype_with(state)})
+        with pytest.raises(data.DataError, match="data_batch_2.* is no batch file of CIFAR-10"):
+            cifar10.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb.", "the dtype b'O8'"),
+        (pickle.dumps({"data": np.array([None])}, 4), "the dtype"),
+        (pickle.dumps({"data": np.zeros(2, "u1,u1")}, 2), "the dtype"),
+        (b"c_codecs\nencode\n(S'x'\nS'y'\ndb.", "the state of a function"),
+        (b")" + b"\x85" * 2_000_000 + b"}\x8c\x01a\x86.", "more tuples"),  # hashing it would exhaust the stack
+        (b"}r\xff\xff\xff\x7f.", "numbers more objects"),  # 32 GB of memory
+        (pickle.dumps({"data": 1}, 4)[:-1], "no batch file"),
+        (
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+            b"(I1\n(I-1\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'x'\ntb.",
+            "1 bytes with the shape",
+        ),
+    ],
+)
+def test_a_crafted_pickle_is_refused(tmp_path, content, said):
+    write_python(tmp_path, python_files(make_records()) | {"data_batch_2": content})
+    with pytest.raises(data.DataError, match=f"data_batch_2.*{said}"):
+        cifar10.read(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        lambda labels, pixels: {"data": np.asfortranarray(pixels), "labels": labels.tolist()},
+        lambda labels, pixels: {"data": pixels[::-1][::-1], "labels": tuple(labels.tolist())},
+        lambda labels, pixels: {"data": pixels, "labels": labels.astype(np.int64)},
+        lambda labels, pixels: {"data": pixels, "labels": labels.astype(">i4")},
+        lambda labels, pixels: {"data": pixels, "labels": list(labels.astype(np.int64))},
+        lambda labels, pixels: {b"data": pixels, b"labels": labels, "batch_label": b"", 1: None},
+    ],
+)
+def test_unusual_files_with_the_same_pictures_are_the_same_data(tmp_path, unusual, protocol):
+    records = make_records()
+    batches = [unusual(part[:, 0], part[:, 1:]) for part in records]
+    files = {name: pickle.dumps(batch, protocol) for name, batch in zip(cifar10.PYTHON_FILES, batches, strict=True)}
+    write_python(tmp_path, files)
+    assert cifar10.read(tmp_path).identity.startswith(f"md5:{hashlib.md5(records).hexdigest()} ")
+
+
 def test_fewer_files_are_legal_a_gap_is_not(tmp_path):
     write_binary(tmp_path, make_records())
     for name in ("data_batch_5.bin", "data_batch_4.bin"):
@@ -170,7 +247,7 @@ def test_a_wrong_label_is_named(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "EOFError"),
+        (b"", "no batch file"),
         (official_pickle({"labels": [1], "data": np.zeros((1, 3072), np.uint8)})[:-1000], "no batch file"),
         (official_pickle({"labels": [1]}), "KeyError"),
         (official_pickle([1, 2]), "no batch file"),
@@ -200,17 +277,98 @@ def test_the_folder_given_comes_before_the_environment_and_that_before_the_cache
     assert load(None) == str(tmp_path / "env" / BINARY_FOLDER)
     monkeypatch.delenv("ESPER_DATA")
     assert load(None) == str(home / BINARY_FOLDER) and not said
-    assert load(str(tmp_path / "typo")) == str(home / BINARY_FOLDER)  # passing over a folder is announced
-    assert len(said) == 1 and "typo" in said[0] and "--data-dir" in said[0]
 
 
-def test_what_cannot_be_had_says_where_it_was_looked_for_and_how_to_give_it(tmp_path, home):
+def test_what_cannot_be_had_says_where_it_was_looked_for_and_how_to_give_it(home):
     with pytest.raises(data.DataError) as caught:
-        data.load(small(data_dir=str(tmp_path / "empty")), archive=NOWHERE)
+        data.load(small(), archive=NOWHERE)
     message = str(caught.value)
-    for part in ("--data-dir", str(tmp_path / "empty"), str(home), "$ESPER_DATA", "--data digits"):
+    for part in ("--data-dir", str(home), "$ESPER_DATA", "--data digits"):
         assert part in message
     assert "\n" not in message and not home.exists()
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, "it does not exist"),
+        ([], "it is empty"),
+        (["a", "b"], "it holds a, b"),
+        (list("abcdefg"), "it holds a, b, c, d, e and 2 more"),
+        (["train", "test", "meta"], "it holds meta, test, train, which is CIFAR-100"),
+        (["cifar-100-python/train"], "it holds cifar-100-python, which is CIFAR-100"),
+        (["cifar-100-binary.tar.gz"], "it holds cifar-100-binary.tar.gz, which is CIFAR-100"),
+    ],
+)
+def test_a_folder_that_is_named_is_taken_or_refused(tmp_path, home, monkeypatch, files, said, variable):
+    write_binary(home / BINARY_FOLDER, make_records())  # where it would be found without
+    place = tmp_path / "given"
+    if files is not None:
+        place.mkdir()
+    for name in files or ():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).touch()
+    if variable:
+        monkeypatch.setenv("ESPER_DATA", str(place))
+    label, given = ("$ESPER_DATA", None) if variable else ("--data-dir", str(place))
+    for load in (
+        lambda: data.load(small(name="auto", data_dir=given), archive=NOWHERE),
+        lambda: data.load(small(data_dir=given), archive=NOWHERE),
+        lambda: data.resolve(given, archive=NOWHERE),
+    ):
+        with pytest.raises(data.DataError) as caught:
+            load()
+        assert str(caught.value) == f"{label} {place}: must be a folder that holds the CIFAR-10 files; {said}"
+
+
+def test_the_folder_of_nobody_is_refused():
+    with pytest.raises(data.DataError, match="--data-dir ~nobody_at_all/x: must be a folder that exists"):
+        data.resolve("~nobody_at_all/x", archive=NOWHERE)
+
+
+def test_who_has_no_home_is_told(monkeypatch):
+    def no_home(name):
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(pooch, "os_cache", no_home)
+    with pytest.raises(data.DataError, match="there is no home folder to download it to"):
+        cifar10.load(None, archive=NOWHERE)
+    assert data.resolve(None, announce=lambda line: None, archive=NOWHERE) == "digits"
+
+
+@pytest.mark.parametrize("folder", ["x", f"x/{PYTHON_FOLDER}"])
+def test_files_one_folder_deeper_are_found_once(tmp_path, folder):
+    write_python(tmp_path / folder, python_files(make_records()))
+    assert data.resolve(str(tmp_path), archive=NOWHERE) == "cifar10"
+    assert cifar10.load(str(tmp_path), archive=NOWHERE).source == str(tmp_path / folder)
+    write_binary(tmp_path / "y", make_records())
+    with pytest.raises(data.DataError, match=f"must hold the CIFAR-10 files once; they are in {folder}, y"):
+        cifar10.load(str(tmp_path), archive=NOWHERE)
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+@pytest.mark.parametrize("layout", ["python", "binary"])
+def test_an_archive_need_not_be_unpacked(tmp_path, layout, deeper):
+    records = make_records()
+    binary = {f"./{BINARY_FOLDER}/{n}": part.tobytes() for n, part in zip(cifar10.BINARY_FILES, records, strict=True)}
+    place = tmp_path / "given"
+    archive = (place / "x" if deeper else place) / f"cifar-10-{layout}.tar.gz"
+    archive.parent.mkdir(parents=True)
+    content = make_archive((FILES if layout == "python" else binary) | {"../outside": b"x", "data_batch_1": b"x"})
+    archive.write_bytes(content)
+    arrays = cifar10.load(str(place), archive=NOWHERE)
+    assert arrays.source == str(archive) and arrays.identity.startswith(f"md5:{hashlib.md5(records).hexdigest()} ")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
+    archive.write_bytes(content[: len(content) // 2])
+    with pytest.raises(data.DataError, match=f"{archive.name}.*(damaged|missing)"):
+        cifar10.load(str(place), archive=NOWHERE)
+    archive.write_bytes(make_archive({"other": b"x"}))
+    with pytest.raises(data.DataError, match="none of its files is in it"):
+        cifar10.load(str(place), archive=NOWHERE)
+    archive.write_bytes(b"junk")
+    with pytest.raises(data.DataError, match="is no archive of CIFAR-10"):
+        cifar10.load(str(place), archive=NOWHERE)
 
 
 def test_auto_falls_back_to_digits_in_one_loud_line():

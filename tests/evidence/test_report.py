@@ -2,8 +2,13 @@
 
 import base64
 import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import tiny_run
@@ -206,6 +211,33 @@ def test_table_of_one_environment_has_no_intervals():
 def test_pictures(tmp_path, draw, envs, policies):
     caption = draw(tmp_path / "x.png", run_arrays(envs=envs, policies=policies), "shapes")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG) and len(caption) > 20
+
+
+def test_pictures_are_the_same_whatever_the_users_settings(tmp_path):
+    draw = lambda name: figures.learning(tmp_path / name, run_arrays(), "shapes") and (tmp_path / name).read_bytes()
+    first = draw("a.png")
+    mine = {"figure.facecolor": "red", "font.size": 30, "savefig.format": "svg", "savefig.bbox": "tight"}
+    with matplotlib.rc_context(mine):
+        assert draw("b.png") == first
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_a_picture_that_fails_leaves_no_file(tmp_path):
+    with pytest.raises(KeyError):
+        figures.curves(tmp_path / "x.png", {}, "shapes")
+    (tmp_path / "y.png").mkdir()  # what it is written to cannot get its name
+    with pytest.raises(OSError):
+        figures.curves(tmp_path / "y.png", run_arrays(), "shapes")
+    assert [path.name for path in tmp_path.iterdir()] == ["y.png"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_an_unknown_backend_in_the_environment_does_not_matter(tmp_path, backend):
+    code = "import os; from esper_jax.evidence import figures; print(os.environ['MPLBACKEND'])"
+    env = os.environ | {"MPLBACKEND": backend, "MPLCONFIGDIR": str(tmp_path)}
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
 
 
 def test_a_run_that_kept_nothing_can_be_drawn(tmp_path):

@@ -18,9 +18,11 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax import presets
+from esper_jax import evidence, presets
 from esper_jax.config import Config
-from esper_jax.run import checkpoint, compilation, provenance
+from esper_jax.data import cifar10
+from esper_jax.evidence import figures
+from esper_jax.run import checkpoint, compilation, devices, folder, provenance
 from esper_jax.run import job as jobs
 from esper_jax.run.console import Console
 from experiments import audit, cifar
@@ -86,10 +88,37 @@ def test_a_run_writes_its_files(tmp_path):
     assert re.search(r"round 2/2  t=\d+s  left=0s  acc=", shown)
 
 
+@pytest.mark.parametrize("lost", ["curves", None])
+def test_a_picture_that_fails_costs_only_itself(tmp_path, monkeypatch, lost):
+    """`None`: matplotlib cannot be imported."""
+
+    def fail(*args):
+        assert (tmp_path / "run.json").read_text().count('"complete"') == 1, "numbers come first"
+        raise TypeError("no\nfont")
+
+    if lost:
+        monkeypatch.setattr(figures, lost, fail)
+        fail.__name__ = lost
+    else:
+        monkeypatch.setitem(sys.modules, "esper_jax.evidence.figures", None)
+        monkeypatch.delattr(evidence, "figures")
+    start = job(tmp_path, rounds=0)
+    jobs.publish(start, tiny_run.result().metrics)
+    pictures = {"grown.png", "seeds.png"} if lost else set()
+    names = {"lifecycle.jsonl", "metrics.npz", "outcomes.csv", "report.html", "run.json", "summary.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == names | pictures
+    assert (tmp_path / "report.html").read_text().count("<img") == len(pictures)
+    shown = start.console.rich.file.getvalue().splitlines()
+    warnings = [line for line in shown if line.startswith("  no ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("  no curves.png: TypeError: no font" if lost else "  no pictures: ")
+    assert any(line.startswith("wrote ") for line in shown)
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     whole, part = job(tmp_path / "whole"), job(tmp_path / "part", rounds=1)
-    for folder in (whole.out, part.out):
-        folder.mkdir()
+    for out in (whole.out, part.out):
+        out.mkdir()
     state, rounds = jobs.learn(whole)
     jobs.publish(whole, rounds | jobs.compare(whole, state))
     jobs.learn(part)  # dies here, after one round
@@ -185,6 +214,170 @@ def test_what_does_not_go_together_is_refused(found, tmp_path):
         cifar.parse(["--resume", str(tmp_path), "--preset", "quick"])
     with pytest.raises(ValueError, match="give one of them"):
         cifar.parse(["--resume", str(tmp_path), "--out", "x"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--seed 1 --seed 2", "--seed: is given 2 times"),
+        ("--seed=1 --rounds 2 --seed=1", "--seed: is given 2 times"),
+        ("--data_dir . --data-dir ..", "--data-dir: is given 2 times"),
+        ("--training.host-lr 1 --training.host_lr=2", "--training.host-lr: is given 2 times"),
+    ],
+)
+def test_an_option_is_given_once(argv, said):
+    with pytest.raises(ValueError, match=said):
+        cifar.parse(argv.split())
+
+
+@pytest.mark.parametrize("spelling", ["--data-dir {}", "--data_dir {}", "--data-dir={}", "--data_dir={}"])
+def test_both_spellings_decide_the_sizes(tmp_path, monkeypatch, spelling):
+    monkeypatch.setattr(cifar.data, "resolve", lambda data_dir, announce: {str(tmp_path): "cifar10"}[data_dir])
+    cfg = cifar.parse(spelling.format(tmp_path).split()).config
+    assert cfg == presets.get("quick", "cifar10").replace(**{"data.data_dir": str(tmp_path)})
+
+
+def test_devices_are_asked_for_before_there_are_any(tmp_path, monkeypatch, found):
+    asked = []
+    monkeypatch.setattr(devices, "use_cpus", asked.append)
+    monkeypatch.setattr(devices, "backend", lambda: "cpu" if asked else pytest.fail("too late"))
+    cifar.parse(["--devices", "3"])
+    cfg = presets.get("smoke").replace(devices=2)
+    (tmp_path / "run.json").write_text(json.dumps({"preset": "smoke", "config": dataclasses.asdict(cfg)}))
+    cifar.parse(["--resume", str(tmp_path)])
+    cifar.parse(["--resume", str(tmp_path), "--devices", "1"])
+    assert asked == [3, 2, 1]
+
+
+SMALL = ["--preset", "smoke", "--data", "digits", "--quiet"]
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """The command in this process, without a cache of programs: its exit code and the lines on stderr."""
+    monkeypatch.setattr(compilation, "keep_programs", lambda folder: None)
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_include_full_tracebacks_in_locations
+
+    def call(*argv):
+        code = cifar.main([str(word) for word in argv])
+        return code, capsys.readouterr().err.splitlines()
+
+    yield call
+    jax.config.update("jax_include_full_tracebacks_in_locations", before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seed", "1" + "0" * 22], "Config.seed = 1"),
+        (["--data-dir", "~nobody_at_all/x"], "--data-dir ~nobody_at_all/x: must be a folder that exists"),
+        (["--seed", "1", "--seed", "2"], "--seed: is given 2 times"),
+        (["--devices", "1000"], "Config.devices = 1000: must be at most"),
+        (["--out", "file"], "--out file: must be a folder that is empty or can be made"),
+    ],
+)
+def test_known_causes_are_one_line(main, tmp_path, options, said):
+    (tmp_path / "file").touch()
+    code, (line,) = main(*SMALL, *options)
+    assert code == 2 and line.startswith("error: ") and said in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_platform_that_is_not_there_is_one_line(main, monkeypatch):
+    def none():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "default_backend", none)
+    code, (line,) = main(*SMALL)
+    assert code == 2 and line == "error: JAX_PLATFORMS = cpu: must name a platform that JAX finds here, such as cpu"
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(main, monkeypatch, tmp_path):
+    def fail(*args):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr(jobs, "start", fail)
+    code, (line,) = main(*SMALL, "--out", "run")
+    assert code == 1
+    assert line == "error: RuntimeError: out of memory more (the traceback is in run/traceback.txt)"
+    assert "in fail" in (tmp_path / "run" / "traceback.txt").read_text()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "traceback.txt"}
+    monkeypatch.setattr(jobs, "make_train", fail)  # before there is a run
+    monkeypatch.setattr(jobs.command.tempfile, "tempdir", str(tmp_path))
+    code, (line,) = main(*SMALL, "--out", "other")
+    assert code == 1 and "out of memory more (the traceback is in " in line and not (tmp_path / "other").exists()
+
+
+def test_a_run_that_is_at_work_is_not_resumed(main, monkeypatch, tmp_path):
+    stop = lambda job: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(jobs, "start", stop)
+    code, (line,) = main(*SMALL, "--out", "run")
+    assert (code, line) == (130, "stopped; go on with: python -m experiments.cifar --resume run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with folder.locked(Path("run")):
+        code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and line == f"error: run: process {os.getpid()} is at work in this run; wait until it has ended"
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert main("--resume", "run", "--quiet")[0] == 130
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_starts_at_the_same_time_have_folders_of_their_own(main, monkeypatch, tmp_path):
+    class Now(jobs.datetime):
+        now = staticmethod(lambda: jobs_now)
+
+    jobs_now = jobs.datetime(2030, 1, 2)
+    monkeypatch.setattr(jobs, "datetime", Now)
+    seen = []
+
+    def start(job):
+        seen.append(job.out.name)
+        if len(seen) == 1:
+            assert cifar.main(SMALL) == 130
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "start", start)
+    assert main(*SMALL)[0] == 130
+    assert seen == ["2030-01-02_000000-smoke-seed0", "2030-01-02_000000-smoke-seed0-2"]
+
+
+def test_the_same_data_may_lie_elsewhere(main, monkeypatch, tmp_path):
+    def write(place, pixel):
+        place.mkdir()
+        for name in cifar10.BINARY_FILES:
+            records = np.random.default_rng(0).integers(0, 256, (100, 3073)).astype(np.uint8)
+            records[:, 0] %= 10
+            records[0, 1] = pixel
+            records.tofile(place / name)
+
+    write(tmp_path / "a", 1)
+    write(tmp_path / "other", 2)
+    stop = lambda job: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(jobs, "start", stop)
+    sizes = ["--data.validation-size", "50", "--data.train-limit", "100", "--data.test-limit", "50", "--quiet"]
+    start = ["--preset", "smoke", "--data", "cifar10", "--data-dir", tmp_path / "a", "--out", "run", *sizes]
+    assert main(*start)[0] == 130
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert main("--resume", "run", "--data-dir", tmp_path / "moved", "--quiet")[0] == 130
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["source"] == str(tmp_path / "moved")
+    code, (line,) = main("--resume", "run", "--data-dir", tmp_path / "other", "--quiet")
+    assert code == 2 and line.startswith("error: --resume run: its data are md5:")
+
+
+def test_an_interrupt_while_compiling_ends_at_once(tmp_path):
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
+    process = command("--preset", "smoke", "--data", "digits", "--out", tmp_path / "run", env=env)
+    while not (line := process.stdout.readline()).startswith("  compile"):
+        assert line, process.communicate()
+    assert (tmp_path / "run" / folder.LOCK).exists()
+    time.sleep(3)  # it is in the compiler by now, or about to be
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 4
+    assert err == f"stopped; go on with: python -m experiments.cifar --resume {tmp_path / 'run'}\n"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -38,6 +39,21 @@ def test_an_error_in_a_later_program_reaches_who_needs_it():
         compiled = compilation.compile_ahead(whole._replace(learn=fake), tiny_run.CONFIG, tiny_run.KEY())
     with pytest.raises(Broken):
         compiled.update(tiny_run.KEY(), tiny_run.result().states[0])
+
+
+def test_background_work_may_be_taken_before_it_is_done():
+    begin = threading.Event()
+    done = compilation.background({"a": lambda: begin.wait(9), "b": lambda: 2})
+    first, second = done.pop("a"), done.pop("b")
+    begin.set()
+    assert (first.result(9), second.result(9)) == (True, 2)
+
+
+def test_background_work_goes_on_after_an_error():
+    done = compilation.background({"a": lambda: 1, "b": lambda: 1 / 0, "c": lambda: 3})
+    assert (done["a"].result(9), done["c"].result(9)) == (1, 3)
+    with pytest.raises(ZeroDivisionError):
+        done["b"].result(9)
 
 
 def test_the_cache_is_the_users_and_the_processors(monkeypatch):
@@ -84,14 +100,38 @@ def test_a_second_start_finds_its_programs_and_no_stale_one(tmp_path):
     assert start("3")[0] == 3
 
 
-def test_a_cache_that_the_user_named_stays(monkeypatch, tmp_path):
+@pytest.fixture
+def cache_settings():
     before = {name: getattr(jax.config, name) for name in (
         "jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs",
     )}  # fmt: skip
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        compilation.keep_programs(Path("/elsewhere"))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_cache_that_the_user_named_stays(cache_settings, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert compilation.keep_programs(Path("/elsewhere")) is None
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_without_a_cache_the_run_goes_on(cache_settings, tmp_path, named):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(place) if named else None)
+    said = compilation.keep_programs(tmp_path if named else place)
+    assert said == f"compiled programs are not kept for the next start: {place}: Not a directory"
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_who_has_no_home_keeps_no_programs(cache_settings, monkeypatch):
+    def no_home():
+        raise RuntimeError("no home")
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert compilation.keep_programs(compilation.cache_folder()).endswith("there is no home folder")
+    assert jax.config.jax_compilation_cache_dir is None

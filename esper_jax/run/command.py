@@ -1,0 +1,82 @@
+"""What surrounds the work of a command: its streams, one line for whatever stops it, and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+STOPPED, REFUSED, BROKEN = 130, 2, 1
+
+
+class Refusal(Exception):
+    """What was asked for cannot be; the message is all that a person has to know."""
+
+
+@contextlib.contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Makes a Refusal of errors that say what somebody outside the program has to mend."""
+    try:
+        yield
+    except errors as error:
+        raise Refusal(line(error)) from error
+
+
+def use_plain_streams() -> None:
+    """A character that the encoding of a stream lacks is shown as a question mark and stops nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(text: str) -> None:
+    """A line on stderr, if that is still there."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def refused(error: Refusal) -> int:
+    say(f"error: {error}")
+    return REFUSED
+
+
+def broken(error: BaseException, folder: Path | None) -> int:
+    """One line about an error that nobody foresaw, and its traceback in a file: in the folder of the run, if any."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        where = f"the traceback is in {_keep(text, folder)}"
+    except OSError:
+        where = f"the traceback fits nowhere else:\n{text}"
+    say(f"error: {type(error).__name__}: {line(error)[:300]} ({where})")
+    return BROKEN
+
+
+def _keep(text: str, folder: Path | None) -> Path:
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            path = folder / "traceback.txt"
+            path.write_text(text, encoding="utf-8")
+            return path
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="esper_jax-", suffix="-traceback.txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def leave(code: int) -> None:
+    """Ends the process. After anything but success it does not wait for programs that are still being compiled."""
+    if code:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
