@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ from esper_jax.env.environment import Grown, StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.run import devices
-from esper_jax.run.devices import SHARDED, REPLICATED
+from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.trees import select, strip_weak_type
 from esper_jax.types import Action, Array, Controller, Masks
 
@@ -130,20 +130,41 @@ class Comparison:
     rollbacks: Array
 
 
-class Train(NamedTuple):
-    """Pure functions of a run; see the module's docstring."""
+class Programs(NamedTuple):
+    """What `Train` is made of: compiled functions, and for `run.compilation` and the benchmark to take apart."""
 
-    init: Callable  # (key, Hypers = those of the configuration) -> RunState
-    update: Callable  # (key, RunState) -> (RunState, Metrics)
-    compare: Callable  # (key, RunState, names of controllers) -> {name: Comparison}
-    controllers: tuple[str, ...]
-    dataset: data.Dataset
     rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, Grown [G, E])
     pay: Callable  # (Hypers, policies [G, E], Course, twin's losses [G, E, T]) -> RewardComponents
     learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
     report: Callable  # (dataset, Grown [G, E]) -> Evaluation
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
     keys: Callable  # (key, round number) -> key of its rollout, keys [P] of its updates
+
+
+class InitRun(Protocol):
+    def __call__(self, key: Array, hypers: Hypers | None = None) -> RunState:
+        """A run before its first round; `hypers` (by default those of the configuration) of all policies or of each."""
+
+
+class Update(Protocol):
+    def __call__(self, key: Array, run: RunState) -> tuple[RunState, Metrics]:
+        """One round."""
+
+
+class Compare(Protocol):
+    def __call__(self, key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
+        """Episodes of controllers on keys that they share."""
+
+
+class Train(NamedTuple):
+    """Pure functions of a run, see the module's docstring; `programs` is no part of the interface."""
+
+    init: InitRun
+    update: Update
+    compare: Compare
+    controllers: tuple[str, ...]
+    dataset: data.Dataset
+    programs: Programs
 
 
 class Who(NamedTuple):
@@ -308,37 +329,24 @@ def make_train(
         return env_key, each_policy(learn_key)
 
     names = (*rules, *LEARNED)
-    programs = {
-        "rollout": devices.over_devices(rollout, mesh, (*[REPLICATED] * 3, SHARDED), SHARDED),
-        "pay": devices.over_devices(pay, mesh, (REPLICATED, SHARDED, SHARDED, SHARDED), SHARDED),
-        "learn": devices.over_devices(
-            learn, mesh, (REPLICATED, REPLICATED, SHARDED), (REPLICATED, SHARDED, REPLICATED)
-        ),
-        "report": devices.over_devices(report, mesh, (REPLICATED, SHARDED), SHARDED),
-        "start": jax.jit(start),
-        "keys": jax.jit(keys),
-    }
-    return bind(cfg, dataset, names, **programs)
+    programs = Programs(
+        rollout=devices.over_devices(rollout, mesh, (*[REPLICATED] * 3, SHARDED), SHARDED),
+        pay=devices.over_devices(pay, mesh, (REPLICATED, SHARDED, SHARDED, SHARDED), SHARDED),
+        learn=devices.over_devices(learn, mesh, (REPLICATED, REPLICATED, SHARDED), (REPLICATED, SHARDED, REPLICATED)),
+        report=devices.over_devices(report, mesh, (REPLICATED, SHARDED), SHARDED),
+        start=jax.jit(start),
+        keys=jax.jit(keys),
+    )
+    return bind(cfg, dataset, names, programs)
 
 
-def bind(
-    cfg: Config,
-    dataset: data.Dataset,
-    names: tuple[str, ...],
-    *,
-    rollout: Callable,
-    pay: Callable,
-    learn: Callable,
-    report: Callable,
-    start: Callable,
-    keys: Callable,
-) -> Train:
+def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: Programs) -> Train:
     """What users call, on top of the programs of a run: functions of `make_train`, or what was compiled from them.
 
     Args:
       names: of the controllers, in the order of their numbers.
-      rollout, pay, learn, report, start, keys: see `Train`.
     """
+    rollout, pay, learn, report, start, keys = programs
     mesh = devices.make_mesh(cfg.devices)
     paired, everyone = cfg.reward.mode == "paired", round_of(cfg, names)
 
@@ -400,7 +408,7 @@ def bind(
         components = pay(run.hypers, *devices.split((who.policy, course, twin[who.env]), mesh))
         return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), jax.device_get(components)))
 
-    return Train(init, update, compare, names, dataset, rollout, pay, learn, report, start, keys)
+    return Train(init, update, compare, names, dataset, programs)
 
 
 def round_of(cfg: Config, names: tuple[str, ...]) -> Who:

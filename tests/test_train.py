@@ -14,7 +14,7 @@ from esper_jax.control import baselines
 from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.env.reward import Course
 from esper_jax.run import devices
-from esper_jax.run.devices import SHARDED, REPLICATED
+from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import Who, bind, make_train, round_of
 from esper_jax.types import Op
 
@@ -75,7 +75,7 @@ def rollout(who, *, n_devices=1, seed=3):
     t = train(n_devices)
     run = two_rounds(n_devices)[1][0]
     key = devices.replicate(jax.random.key(seed), devices.make_mesh(n_devices))
-    return t.rollout(t.dataset, run, key, who)
+    return t.programs.rollout(t.dataset, run, key, who)
 
 
 def equal(one, other):
@@ -166,9 +166,8 @@ def test_controllers_are_compared_on_the_same_births():
 def test_an_arm_does_not_depend_on_who_else_is_compared():
     """Bitwise: neither on the other arms, whose episodes share its blocks, nor on how many environments there are."""
     t, run = train(1), two_rounds(1)[1][0]
-    programs = {name: getattr(t, name) for name in ("rollout", "pay", "learn", "report", "start", "keys")}
     for cfg, names in ((CFG, ["policy_greedy", "random"]), (CFG.replace(report_envs=3), t.controllers)):
-        some = bind(cfg.replace(devices=1), t.dataset, t.controllers, **programs)
+        some = bind(cfg.replace(devices=1), t.dataset, t.controllers, t.programs)
         for name, result in some.compare(jax.random.key(0), run, names).items():
             assert tiny.equal(result, part(comparison()[name], slice(None), slice(cfg.report_envs))), name
 
@@ -227,8 +226,8 @@ def test_a_policy_does_not_depend_on_the_others():
     t, key = train(1), jax.random.key(0)
     alone = make_train(CFG.replace(devices=1, policy_seeds=1), tiny.dataset(), {})
     assert tiny.equal(of_policy(alone.init(key), 0), of_policy(two_rounds(1)[0][0], 0))
-    env_key, learn_keys = map(jax.random.key_data, t.keys(key, 3))
-    env_key_alone, learn_keys_alone = map(jax.random.key_data, alone.keys(key, 3))
+    env_key, learn_keys = map(jax.random.key_data, t.programs.keys(key, 3))
+    env_key_alone, learn_keys_alone = map(jax.random.key_data, alone.programs.keys(key, 3))
     assert learn_keys.shape[0] == P and not equal(learn_keys[0], learn_keys[1])
     assert equal(env_key, env_key_alone) and equal(learn_keys[:1], learn_keys_alone)
 
@@ -313,13 +312,13 @@ def test_replicas_of_the_learner_stay_bitwise_equal():
 def test_only_the_learner_communicates():
     t, (run, _) = train(4), two_rounds(4)[1]
     mesh, who = devices.make_mesh(4), everyone()
-    key, learn_keys = devices.replicate(t.keys(jax.random.key(0), 0), mesh)
+    key, learn_keys = devices.replicate(t.programs.keys(jax.random.key(0), 0), mesh)
     rows, _ = rollout(who, n_devices=4)
     course = Course.of(rows.info)
     programs = {
-        "rollout": t.rollout.lower(t.dataset, run, key, who),
-        "pay": t.pay.lower(run.hypers, devices.split(who.policy, mesh), course, course.val_loss),
-        "learn": t.learn.lower(learn_keys, run, rows),
+        "rollout": t.programs.rollout.lower(t.dataset, run, key, who),
+        "pay": t.programs.pay.lower(run.hypers, devices.split(who.policy, mesh), course, course.val_loss),
+        "learn": t.programs.learn.lower(learn_keys, run, rows),
     }
     texts = {name: lowered.compile().as_text() for name, lowered in programs.items()}
     assert not [name for name in COLLECTIVES if name in texts["rollout"] + texts["pay"]]
@@ -376,7 +375,7 @@ def test_an_environment_does_not_depend_on_the_population(chunk):
     def play(envs):
         numbers = np.int32(envs)[None]
         who = Who(np.full_like(numbers, t.controllers.index("policy")), numbers % P, numbers)
-        return jax.device_get(t.rollout(t.dataset, run, jax.random.key(3), who))
+        return jax.device_get(t.programs.rollout(t.dataset, run, jax.random.key(3), who))
 
     few, many = play(np.arange(8)), play(np.arange(32))
     assert equal(few, part(many, slice(None), slice(8)))

@@ -114,7 +114,9 @@ def background(work: dict[str, Callable[[], Any]]) -> dict[str, Future]:
 
 def run_template(train: Train, cfg: Config, key: jax.Array) -> Any:
     """Shapes and placement of a run's state, without computing it."""
-    return _placed(jax.eval_shape(train.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.REPLICATED))
+    return _placed(
+        jax.eval_shape(train.programs.start, key), NamedSharding(devices.make_mesh(cfg.devices), devices.REPLICATED)
+    )
 
 
 def compile_ahead(
@@ -131,21 +133,21 @@ def compile_ahead(
     on_each, split_over_devices = NamedSharding(mesh, devices.REPLICATED), NamedSharding(mesh, devices.SHARDED)
     started = time.perf_counter()
     run = run_template(train, cfg, key)
-    keys = _placed(jax.eval_shape(train.keys, key, run.round), on_each)
+    keys = _placed(jax.eval_shape(train.programs.keys, key, run.round), on_each)
     everyone = round_of(cfg, train.controllers)
     episodes = (train.dataset, run, keys[0], everyone)
-    results = functools.cache(lambda: _placed(jax.eval_shape(train.rollout, *episodes), split_over_devices))
+    results = functools.cache(lambda: _placed(jax.eval_shape(train.programs.rollout, *episodes), split_over_devices))
     lower = {  # in the order in which a run needs them
-        "keys": lambda: jax.jit(train.keys, out_shardings=on_each).lower(key, run.round),
-        "rollout": lambda: train.rollout.lower(*episodes),
+        "keys": lambda: jax.jit(train.programs.keys, out_shardings=on_each).lower(key, run.round),
+        "rollout": lambda: train.programs.rollout.lower(*episodes),
     }
     if cfg.rounds:
-        lower["learn"] = lambda: train.learn.lower(keys[1], run, results()[0])
-    lower["report"] = lambda: train.report.lower(train.dataset, results()[1])
+        lower["learn"] = lambda: train.programs.learn.lower(keys[1], run, results()[0])
+    lower["report"] = lambda: train.programs.report.lower(train.dataset, results()[1])
     if cfg.reward.mode == "paired":
         policies = jax.ShapeDtypeStruct(everyone.policy.shape, everyone.policy.dtype, sharding=split_over_devices)
         course = lambda: Course.of(results()[0].info)
-        lower["pay"] = lambda: train.pay.lower(run.hypers, policies, course(), course().val_loss)
+        lower["pay"] = lambda: train.programs.pay.lower(run.hypers, policies, course(), course().val_loss)
 
     # Tracing holds Python's lock and compiling does not: the two go side by side, each one at a time.
     lowered = background(lower)
@@ -163,7 +165,7 @@ def compile_ahead(
         return lambda *args: programs[name].result()(*args)
 
     compiled = {name: call(name) for name in ("rollout", "pay", "learn", "report", "keys")}
-    return bind(cfg, train.dataset, train.controllers, start=train.start, **compiled)
+    return bind(cfg, train.dataset, train.controllers, train.programs._replace(**compiled))
 
 
 def _return_memory() -> None:

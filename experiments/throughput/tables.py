@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -284,14 +283,14 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     )
     train = make_train(brief, random_dataset(8, 16, 2), controllers={})
     run = train.init(jax.random.key(0))
-    env_key, learn_keys = devices.replicate(train.keys(jax.random.key(5), run.round), mesh)
+    env_key, learn_keys = devices.replicate(train.programs.keys(jax.random.key(5), run.round), mesh)
     who = round_of(brief, train.controllers)
-    rollout = lambda: train.rollout(train.dataset, run, env_key, who)
+    rollout = lambda: train.programs.rollout(train.dataset, run, env_key, who)
     rows, _ = rollout()
-    learn = lambda: train.learn(learn_keys, run, rows)
+    learn = lambda: train.programs.learn(learn_keys, run, rows)
     twin_loss = jnp.broadcast_to(rows.info.val_loss[-1], rows.info.val_loss.shape)
     episodes = devices.split((who.policy, reward.Course.of(rows.info), twin_loss), mesh)
-    pay = functools.partial(train.pay, run.hypers, *episodes)
+    pay = functools.partial(train.programs.pay, run.hypers, *episodes)
     runs = {"rollout": rollout, "learn": learn, "reward": pay} | _pieces(bench, mixture(bench, who.env.size))
 
     # batches and augmentation belong to the hosts' training; their share is told all the same
@@ -434,7 +433,7 @@ def incumbent_table(bench: Bench) -> Iterator[Row]:
     states = uniform(bench, epoch_envs, "conv_light", len(cfg.host.slot_names))
     with contextlib.ExitStack() as stack:
         start = lambda settings, count=1: stack.enter_context(_processes(settings, count))
-        together = start(common | {"threads": os.cpu_count()})
+        together = start(common | {"threads": devices.usable_cpus()})
         apart = start(common | {"threads": 1}, 2)
         runs = {"bare": alone.bind(*alone_args), "epoch": epoch.bind(*bench.epoch_args(states))}
         for name, work in (("together", together), ("apart", apart)):
@@ -474,7 +473,7 @@ def _small_hosts(bench: Bench, emit: Callable, common: dict) -> Iterator[Row]:
         torch_batches = max(1, bench.size.images_per_run // batch_size)
         settings = common | {
             "widths": small.cfg.host.widths, "image_size": 8, "channels": 1, "batch_size": batch_size, "seeds": False,
-            "train_batches": torch_batches, "threads": os.cpu_count(),
+            "train_batches": torch_batches, "threads": devices.usable_cpus(),
         }  # fmt: skip
         with _processes(settings, 1) as work:
             times = bench.measure(runs | {"torch": functools.partial(work, "train")})

@@ -35,8 +35,9 @@ def test_an_error_in_a_later_program_reaches_who_needs_it():
 
     whole, fake = tiny_run.train(), lambda: None
     fake.lower = lower
+    whole = whole._replace(programs=whole.programs._replace(learn=fake))
     with tiny_run.unoptimised():
-        compiled = compilation.compile_ahead(whole._replace(learn=fake), tiny_run.CONFIG, tiny_run.KEY())
+        compiled = compilation.compile_ahead(whole, tiny_run.CONFIG, tiny_run.KEY())
     with pytest.raises(Broken):
         compiled.update(tiny_run.KEY(), tiny_run.result().states[0])
 
