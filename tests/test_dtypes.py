@@ -89,8 +89,15 @@ def by_default(program):
     return signature(PROGRAMS[program]())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", PROGRAMS)
+COMBINATIONS = [
+    # a round's programs take long to trace: the two cheaper findings are the environment's too
+    pytest.param(program, mode, marks=[pytest.mark.slow] * (program == "training" and mode != "64 bits"))
+    for program in PROGRAMS
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("program", "mode"), COMBINATIONS)
 def test_same_dtypes(program, mode):
     usual = by_default(program)
     with MODES[mode]():

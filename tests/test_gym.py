@@ -19,7 +19,9 @@ T = 4
 
 @functools.cache
 def env():
-    return GrowthEnv(tiny.CONFIG.replace(**{"training.epochs": T}), tiny.dataset())
+    return GrowthEnv(
+        tiny.CONFIG.replace(**{"training.epochs": T, "lifecycle.blueprints": ("norm", "attention")}), tiny.dataset()
+    )
 
 
 @functools.cache
@@ -69,8 +71,8 @@ def test_an_episode_ends_after_t_epochs_and_the_next_begins_newborn():
 def test_what_is_legal_is_carried_out():
     """In particular germination: one decision for each slot and each blueprint that is offered."""
     table = [env().describe(a) for a in range(env().num_actions)]
-    offered = [name for name in tiny.CONFIG.lifecycle.blueprints if name != "noop"]
-    slots = tiny.CONFIG.host.slot_names
+    offered = [name for name in env().cfg.lifecycle.blueprints if name != "noop"]
+    slots = env().cfg.host.slot_names
     assert table[0] == "wait" and len(set(table)) == len(table) == 1 + len(slots) * (len(offered) + 3 + 3)
     assert f"germinate {offered[-1]} {slots[-1]}" in table
     _, (_, state, action, legal, *_) = episode()

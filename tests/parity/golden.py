@@ -1,11 +1,14 @@
-"""The reference's own numbers: `$ESPER_GOLDEN`, else `../shared/golden` beside the checkout.
+"""The reference's own numbers: `$ESPER_GOLDEN`, else `../shared/golden` beside the checkout, else the part of them in
+`golden/`, which `reduce` chose.
 
 A test asks for a file's cases with `@golden.each_case("gae")` and receives one dict of arrays per case, whose keys
 are those of the file without the leading `caseN/`. Without a file the test is skipped and says so. Sizes, names and
 numbers of cases are the file's: a test reads them off its case. `close` compares and remembers the error for `report`.
 """
 
+import io
 import json
+import lzma
 import os
 import pathlib
 from functools import cache
@@ -14,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-_default = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-FOLDER = pathlib.Path(os.environ.get("ESPER_GOLDEN") or _default)
+_committed = pathlib.Path(__file__).resolve().parent / "golden"
+_whole = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "golden"
+FOLDER = pathlib.Path(os.environ.get("ESPER_GOLDEN") or (_whole if _whole.is_dir() else _committed))
+REDUCED = FOLDER.resolve() == _committed  # of large results, elements that are not kept are NaN there
 
 
 class Case(dict):
@@ -26,17 +31,29 @@ class Case(dict):
         self.file, self.name = file, name
 
 
+def read(file: str) -> dict[str, np.ndarray]:
+    """The arrays of an archive by key, whole or as `reduce` packed it; empty when it is not there."""
+    whole, packed = FOLDER / f"{file}.npz", FOLDER / f"{file}.npy.xz"
+    if whole.is_file():
+        with np.load(whole, allow_pickle=False) as archive:
+            return dict(archive)
+    if not packed.is_file():
+        return {}
+    with io.BytesIO(lzma.decompress(packed.read_bytes())) as stream:
+        arrays = {str(key): np.load(stream) for key in np.load(stream)}
+    sixteenths = lambda key, values: (
+        (key[:-3], values.astype(np.float32) / 16) if key.endswith("*16") else (key, values)
+    )
+    return dict(sixteenths(key, values) for key, values in arrays.items())
+
+
 @cache
 def cases(file: str) -> dict[str, Case]:
     """The cases of one archive by name, and "common" where cases share something; empty when it is not there."""
-    path = FOLDER / f"{file}.npz"
-    if not path.is_file():
-        return {}
     out: dict[str, Case] = {}
-    with np.load(path, allow_pickle=False) as archive:
-        for key in archive.files:
-            name, _, rest = key.partition("/")
-            out.setdefault(name, Case(file, name))[rest] = archive[key]
+    for key, values in read(file).items():
+        name, _, rest = key.partition("/")
+        out.setdefault(name, Case(file, name))[rest] = values
     # by number
     return dict(sorted(out.items(), key=lambda item: (len(item[0]), item[0])))
 
@@ -107,9 +124,8 @@ def _remember(actual, expected, what, rtol, atol):
 
 def report() -> str:
     """The largest error of every case in the folder, relative to its tolerance, as a table; 0 of 0 is exact."""
-    names = [
-        (path.stem, name) for path in sorted(FOLDER.glob("*.npz")) for name in cases(path.stem) if name != "common"
-    ]
+    files = sorted(path.name.partition(".")[0] for path in FOLDER.glob("*.np*"))
+    names = [(file, name) for file in files for name in cases(file) if name != "common"]
     names += [key for key in _errors if key not in names]
     lines = ["| file | case | error | tolerance | share | of |", "|---|---|---|---|---|---|"]
     for file, name in names:
