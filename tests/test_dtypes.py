@@ -90,8 +90,8 @@ def by_default(program):
 
 
 COMBINATIONS = [
-    # a round's programs take long to trace: the two cheaper findings are the environment's too
-    pytest.param(program, mode, marks=[pytest.mark.slow] * (program == "training" and mode != "64 bits"))
+    # a round's programs take long to trace
+    pytest.param(program, mode, marks=[pytest.mark.slow] * (program == "training"))
     for program in PROGRAMS
     for mode in MODES
 ]

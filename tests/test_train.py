@@ -277,7 +277,7 @@ def test_an_unknown_controller_is_refused():
     assert make_train(CFG.replace(devices=1), tiny.dataset(), {}).controllers == (BASELINE, *LEARNED)
 
 
-@pytest.mark.parametrize("n_devices", [1, 4])
+@pytest.mark.parametrize("n_devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_compiles_once(n_devices):
     """Later rounds, and every controller, go through the programs of the first round."""
     t, (run, _), key = train(n_devices), two_rounds(n_devices)[2], jax.random.key(0)

@@ -136,9 +136,9 @@ def test_incumbent_without_torch_is_a_row_that_says_so(tiny, monkeypatch):
     assert shown == [only] and "PyTorch" in screen.getvalue() and "not measured" in screen.getvalue()
 
 
-def _report(tmp_path, tables):
+def _report(tmp_path, names):
     out = tmp_path / "numbers.json"
-    tables.main("tiny", out, tables)
+    tables.main("tiny", out, names)
     report = json.loads(out.read_text())
     assert set(report) == {"device", "jax", "rows"}
     assert report["jax"] == jax.__version__

@@ -37,7 +37,7 @@ CASES = {  # by number; all of them where a file is not named
     # one configuration of three, a window of six, no stabilisation
     "tracker": (1, 4, 5),
     # together every reason; the last has thresholds of its own
-    "heuristic": (0, 3, 5, 7, 9, 11),
+    "heuristic": (3, 5, 7, 9, 11),
     # clipped; with absent gradients
     "sgd": (1, 2),
 }
@@ -54,7 +54,6 @@ DROPPED = {
 ROWS = {  # what stays of the first axis of these keys
     # diverging, with NaN, jumping to a random guess, and two sets of thresholds
     "governor": (r".*", [4, 12, 22, 28, 29]),
-    "gae": (r"(?!config).*", slice(3)),
     "sgd": (r"\w+/(grad|params|momentum)/.*|grad_.*", slice(2)),
     "shapley": (r"(?!on|\w+/).*", slice(5)),
     "reward_components": (r"(in|head|seed)/.*", slice(40)),
