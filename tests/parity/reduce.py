@@ -56,7 +56,7 @@ ROWS = {  # what stays of the first axis of these keys
     "governor": (r".*", [4, 12, 22, 28, 29]),
     "sgd": (r"\w+/(grad|params|momentum)/.*|grad_.*", slice(2)),
     "shapley": (r"(?!on|\w+/).*", slice(5)),
-    "reward_components": (r"(in|head|seed)/.*", slice(40)),
+    "reward_components": (r"(in|head|seed)/.*", slice(36)),
 }
 SAMPLED = {  # results that only `torch_layout.assert_close` compares
     "cnn_host": r"train/grad.*|(train|eval_after)/boundary/.*",

@@ -1,7 +1,6 @@
 """One slot through the reference's scripted and random lives, alpha trajectories, and masks."""
 
 import functools
-import types
 
 import golden
 import jax
@@ -205,8 +204,6 @@ def test_masks(case, state):
         compared += rows.sum()
     assert compared == len(enabled)
     for topology, names in enumerate((CNN_BLUEPRINTS, TRANSFORMER)):
-        # no configuration: it would refuse the names of seeds that are not here
-        cfg = types.SimpleNamespace(**vars(LifecycleConfig()) | {"blueprints": names})
-        offered = masks.legal(stages.empty(1), cfg).blueprint
+        offered = masks.legal(stages.empty(1), LifecycleConfig(blueprints=names)).blueprint
         theirs = wanted["blueprint"][given["topology"] == topology]
         golden.close(np.broadcast_to(offered, theirs.shape), theirs, f"blueprint of {state}")
