@@ -17,9 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS, Op
+from esper_jax.enums import BLUEPRINTS, CNN_BLUEPRINTS, catalog
+from esper_jax.network.blueprints import Blueprint
+from esper_jax.types import ActionSpace, Op
 
-_TRANSFORMER_BLUEPRINTS = ("lora", "lora_large", "mlp_small", "mlp", "flex_attention")  # in the heads, of no CNN
 _MOST_INT = 2**31 - 1  # all that is computed is int32 and float32
 _MOST_FLOAT = (2 - 2**-23) * 2.0**127
 
@@ -69,7 +70,7 @@ def _check(where: object) -> None:
     """
     for field_ in dataclasses.fields(where):
         annotation, value = _hints(type(where))[field_.name], getattr(where, field_.name)
-        allowed = _fault(annotation, value, field_.metadata.get("range", Range()))
+        allowed = _fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("or"))
         _require(allowed is None, where, field_.name, allowed)
         if annotation == tuple[float, ...]:
             object.__setattr__(where, field_.name, tuple(map(float, value)))
@@ -82,8 +83,8 @@ def _kinds(annotation: Any) -> tuple[type, ...]:
     return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
 
 
-def _fault(annotation: Any, value: Any, bounds: Range) -> str | None:
-    """What a field must be, if `value` is not that."""
+def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None) -> str | None:
+    """What a field must be, if `value` is not that; the entries of a tuple may also be of the `other` type."""
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         return None if value in choices else "one of " + ", ".join(map(str, choices))
@@ -93,7 +94,7 @@ def _fault(annotation: Any, value: Any, bounds: Range) -> str | None:
         return None
     or_none = " or none" if none else ""
     entries = value if several else (value,)
-    if not (isinstance(entries, tuple) and all(_is_a(kind, entry) for entry in entries)):
+    if not (isinstance(entries, tuple) and all(_is_a(other or kind, entry) or _is_a(kind, entry) for entry in entries)):
         limits = f", {bounds}" if str(bounds) else ""
         return f"a tuple of {kind.__name__}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
     if kind not in (int, float):
@@ -115,9 +116,19 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _require_names(where: object, name: str, known: Iterable[str], allowed: str) -> None:
-    """A tuple of known names, each at most once."""
-    names = getattr(where, name)
-    _require(set(names) <= set(known) and len(set(names)) == len(names), where, name, allowed)
+    """A tuple of known names and of blueprints with other names, each at most once."""
+    entries = getattr(where, name)
+    names = [_name(entry) for entry in entries]
+    strange = {entry for entry in entries if isinstance(entry, str)} - set(known)
+    for entry in entries:
+        if isinstance(entry, Blueprint):
+            _require(entry.name not in BLUEPRINTS, where, name, f"{allowed}; {entry.name!r} is the package's own")
+            entry.check()
+    _require(not strange and len(set(names)) == len(names), where, name, allowed)
+
+
+def _name(entry: str | Blueprint) -> str:
+    return entry if isinstance(entry, str) else entry.name
 
 
 @dataclass(frozen=True)
@@ -234,15 +245,24 @@ class LifecycleConfig:
     """no germination while another slot is germinated, training or cooling down (the later reference's rule)"""
     isolate_after_training: bool = False
     """the reference's rule for CNN hosts: a seed goes on reading stop_gradient(host) after TRAINING"""
-    blueprints: tuple[str, ...] = CNN_BLUEPRINTS
+    blueprints: tuple[str, ...] = field(default=CNN_BLUEPRINTS, metadata={"or": Blueprint})
     """seed modules that may be germinated; noop is never offered"""
 
     def __post_init__(self):
         _check(self)
-        # read now, since blueprints can be registered
         allowed = f"one or more of {', '.join(BLUEPRINTS[1:])}, each once"
         _require_names(self, "blueprints", BLUEPRINTS, allowed)
-        _require(bool(set(self.blueprints) - {"noop"}), self, "blueprints", allowed)
+        _require(bool(self.offered), self, "blueprints", allowed)
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Names of the modules that may be germinated."""
+        return tuple(name for name in map(_name, self.blueprints) if name != "noop")
+
+    @property
+    def catalog(self) -> tuple[str, ...]:
+        """Names of all modules by the numbers that stand in actions, masks and slots."""
+        return catalog(map(_name, self.blueprints))
 
 
 @dataclass(frozen=True)
@@ -381,9 +401,15 @@ class Config:
     def __post_init__(self):
         _check(self)
         _require(self.n_envs % self.ppo.minibatches == 0, self, "n_envs", "a multiple of ppo.minibatches")
-        fitting = [name for name in BLUEPRINTS if name not in _TRANSFORMER_BLUEPRINTS]
-        allowed = f"one or more of {', '.join(fitting[1:])}, the modules for this host"
-        _require_names(self.lifecycle, "blueprints", fitting, allowed)
+        allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, the modules for this host"
+        _require_names(self.lifecycle, "blueprints", CNN_BLUEPRINTS, allowed)
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """What there is to choose from in an environment of this configuration."""
+        names = self.lifecycle.catalog
+        offered = tuple(sorted(map(names.index, self.lifecycle.offered)))
+        return ActionSpace(len(self.host.slot_names), names, offered)
 
     def replace(self, **changes) -> Config:
         """A copy with changes; dotted names reach inside: `cfg.replace(n_envs=8, **{"training.epochs": 5})`."""
@@ -403,7 +429,13 @@ class Config:
         return dataclasses.replace(self, **flat)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `to_json` writes: a module that was given as an object is known by its name alone."""
+        tree = dataclasses.asdict(self)
+        tree["lifecycle"]["blueprints"] = tuple(map(_name, self.lifecycle.blueprints))
+        return tree
 
     @classmethod
     def from_json(cls, text: str) -> Config:

@@ -5,6 +5,7 @@ Enum values are the reference system's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 # Arms of a comparison: the bare host, the learned policy as it acts by chance, and by its likeliest action.
@@ -71,12 +72,12 @@ class PanicReason(IntEnum):
     DIVERGENCE = 3
 
 
-# Values behind the indices of the blueprint head; `network.blueprints.register` appends to it.
-BLUEPRINTS = [
+# The modules that come with the package, by number; the first eight are for CNNs, the others for transformers.
+BLUEPRINTS = (
     "noop", "conv_light", "attention", "norm", "depthwise", "bottleneck", "conv_small", "conv_heavy",
     "lora", "lora_large", "mlp_small", "mlp", "flex_attention",
-]  # fmt: skip
-CNN_BLUEPRINTS = tuple(BLUEPRINTS[:8])
+)  # fmt: skip
+CNN_BLUEPRINTS, TRANSFORMER_BLUEPRINTS = BLUEPRINTS[:8], BLUEPRINTS[8:]
 # Values behind the indices of the other action heads.
 STYLES = ("linear_add", "linear_multiply", "sigmoid_add", "gated_gate")
 STYLE_ALGORITHM = (AlphaAlgorithm.ADD, AlphaAlgorithm.MULTIPLY, AlphaAlgorithm.ADD, AlphaAlgorithm.GATE)
@@ -86,13 +87,21 @@ ALPHA_TARGETS = (0.5, 0.7, 1.0)
 ALPHA_SPEED_EPOCHS = (0, 3, 5, 8)
 ALPHA_CURVES = (AlphaCurve.LINEAR, AlphaCurve.COSINE, AlphaCurve.SIGMOID)
 
-# Name and size of every action head but `slot`, whose size is S. The order is the reference's.
+# Name and size of every action head but `slot`, whose size is S, without modules of one's own (`types.ActionSpace`
+# knows those). The order is the reference's.
 HEADS = ("slot", "blueprint", "style", "tempo", "alpha_target", "alpha_speed", "alpha_curve", "op")
 HEAD_SIZES = {
     "blueprint": len(BLUEPRINTS), "style": len(STYLES), "tempo": len(TEMPO_EPOCHS),
     "alpha_target": len(ALPHA_TARGETS), "alpha_speed": len(ALPHA_SPEED_EPOCHS), "alpha_curve": len(ALPHA_CURVES),
     "op": len(Op),
 }  # fmt: skip
+
+
+def catalog(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of the blueprints by number: those of the package, then whatever else is among `names`, in that order."""
+    return (*BLUEPRINTS, *(name for name in names if name not in BLUEPRINTS))
+
+
 # Which heads an op reads besides `op` itself; the others are set to CANONICAL and earn no credit.
 RELEVANT_HEADS = {
     Op.WAIT: (),

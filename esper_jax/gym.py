@@ -25,7 +25,7 @@ from flax import struct
 from esper_jax import data, presets
 from esper_jax.config import Config
 from esper_jax.data import Dataset
-from esper_jax.enums import ALPHA_TARGETS, BLUEPRINTS, HEADS, Op
+from esper_jax.enums import ALPHA_TARGETS, HEADS, Op
 from esper_jax.env import transition
 from esper_jax.env.environment import Env, EnvState, make_env
 from esper_jax.env.reward import RewardWeights
@@ -78,11 +78,11 @@ class EnvParams:
 
 def decisions(cfg: Config) -> tuple[Action, ...]:
     """WAIT, then for each slot: germinate each offered blueprint, advance, fossilize, prune, each alpha target."""
-    offered = [name for name in cfg.lifecycle.blueprints if name != "noop"]
+    space = cfg.action_space
     table = [Action()]
-    for slot in range(len(cfg.host.slot_names)):
+    for slot in range(space.n_slots):
         on = Action(slot=jnp.int32(slot))
-        table += [on.replace(op=jnp.int32(Op.GERMINATE), blueprint=jnp.int32(BLUEPRINTS.index(b))) for b in offered]
+        table += [on.replace(op=jnp.int32(Op.GERMINATE), blueprint=jnp.int32(b)) for b in space.offered]
         table += [on.replace(op=jnp.int32(op)) for op in (Op.ADVANCE, Op.FOSSILIZE, Op.PRUNE)]
         table += [
             on.replace(op=jnp.int32(Op.SET_ALPHA_TARGET), alpha_target=jnp.int32(k)) for k in range(len(ALPHA_TARGETS))
@@ -160,7 +160,7 @@ class GrowthEnv:
         heads = {head: int(getattr(self.actions[action], head)) for head in HEADS}
         op = Op(heads["op"])
         what = {
-            Op.GERMINATE: f" {BLUEPRINTS[heads['blueprint']]}",
+            Op.GERMINATE: f" {self.cfg.lifecycle.catalog[heads['blueprint']]}",
             Op.SET_ALPHA_TARGET: f" {ALPHA_TARGETS[heads['alpha_target']]}",
         }.get(op, "")
         slot = "" if op == Op.WAIT else f" {self.cfg.host.slot_names[heads['slot']]}"

@@ -215,8 +215,8 @@ def make_train(
         if name in rules:
             raise ValueError(f"a controller called {name!r} is given: that name is the learned policy's")
     rules = {BASELINE: baselines.never()} | rules
-    n_slots, n_policies, paired = len(cfg.host.slot_names), cfg.policy_seeds, cfg.reward.mode == "paired"
-    n_features = observation.size(n_slots)
+    space, n_policies, paired = cfg.action_space, cfg.policy_seeds, cfg.reward.mode == "paired"
+    n_features = observation.size(space)
     decided = jnp.arange(cfg.training.epochs) > 0  # rows that a decision began
 
     def rollout(dataset, run: RunState, key, who: Who, axis_name):
@@ -227,7 +227,7 @@ def make_train(
             )
             env = make_env(cfg, dataset, hypers.weights)
             normalise = partial(normalizers.normalise, statistics)
-            learned = policy.make_controller(params, normalise, deterministic=number == names.index(GREEDY))
+            learned = policy.make_controller(space, params, normalise, deterministic=number == names.index(GREEDY))
             controller = choose([*rules.values(), learned], jnp.minimum(number, len(rules)))
             init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
             act_key = jax.random.fold_in(act_key, learner)
@@ -285,7 +285,9 @@ def make_train(
             reset=rows.reset,
         )
         trajectory = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trajectory)
-        learner, metrics = ppo.update(key, learner, trajectory, cfg=cfg.ppo, hypers=hypers.ppo, axis_name=axis_name)
+        learner, metrics = ppo.update(
+            key, learner, trajectory, cfg=cfg.ppo, space=space, hypers=hypers.ppo, axis_name=axis_name
+        )
         seen = rows.features[:, 1:].reshape(-1, n_features)
         observations = normalizers.update(observations, seen, axis_name=axis_name)
         return learner, observations, returns, metrics | {"return_scale": scale}
@@ -309,7 +311,7 @@ def make_train(
 
     def start(key, hypers: Hypers | None = None):
         def one(key):
-            learner = ppo.init_learner(key, cfg.ppo, n_features, n_slots)
+            learner = ppo.init_learner(key, cfg.ppo, space, n_features)
             return learner, normalizers.init(n_features), normalizers.init(1)
 
         def spread(path, leaf):

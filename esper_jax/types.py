@@ -28,6 +28,7 @@ from esper_jax.enums import (  # noqa: F401 (enums are used from here)
     STYLE_CURVE,
     STYLES,
     TEMPO_EPOCHS,
+    TRANSFORMER_BLUEPRINTS,
     AlphaAlgorithm,
     AlphaCurve,
     AlphaMode,
@@ -53,6 +54,19 @@ class Action:
     alpha_curve: Array = struct.field(default_factory=lambda: jnp.int32(0))  # linear
 
 
+class ActionSpace(NamedTuple):
+    """What there is to choose from, as a value: it is built from a configuration (`Config.action_space`)."""
+
+    n_slots: int
+    blueprints: tuple[str, ...] = BLUEPRINTS  # the catalog: names by the numbers that stand in `Action.blueprint`
+    offered: tuple[int, ...] = tuple(range(1, len(BLUEPRINTS)))  # numbers that may be germinated
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Choices of every head, as in its mask."""
+        return HEAD_SIZES | {"slot": self.n_slots, "blueprint": len(self.blueprints)}
+
+
 @struct.dataclass
 class Masks:
     """What is legal now; True = allowed. `slot_by_op[op]` is the slot mask once the op is known."""
@@ -60,7 +74,7 @@ class Masks:
     op: Array  # bool[6]
     slot: Array  # bool[S]
     slot_by_op: Array  # bool[6, S]
-    blueprint: Array  # bool[13]
+    blueprint: Array  # bool[N], by number in the catalog: 13 and the modules of one's own
     style: Array  # bool[4]
     tempo: Array  # bool[3]
     alpha_target: Array  # bool[3]
@@ -117,7 +131,7 @@ class SlotState:
     epochs_in_stage: Array  # i32[S] accuracies recorded (or cooldown ticks) since the stage was entered
     previous_epochs_in_stage: Array  # i32[S]
     epochs_total: Array  # i32[S] accuracies recorded (or cooldown ticks) since germination: the seed's age
-    blueprint: Array  # i32[S] index into BLUEPRINTS, -1 = none
+    blueprint: Array  # i32[S] number in the catalog, -1 = none
     algorithm: Array  # i32[S] AlphaAlgorithm
     ramp_curve: Array  # i32[S] AlphaCurve of the first ramp, from the germination style
     ramp_target: Array  # f32[S] target of the first ramp

@@ -8,6 +8,7 @@ import re
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ from esper_jax.config import (
 )
 from esper_jax.data import shapes
 from esper_jax.network import blueprints
-from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS
+from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS, ActionSpace
 
 SIZES = [(name, data) for name in ("smoke", "quick", "full") for data in ("digits", "cifar10", "shapes")]
 REFUSED = [
@@ -249,7 +250,7 @@ def test_numbers_of_any_sign_where_they_mean_something():
 
 
 def test_blueprints_of_a_cnn_can_be_offered():
-    """All in the CNN's table and no other name of the action head, and what is registered later."""
+    """All in the CNN's table and no other name of the catalog."""
     offered = []
     for name in BLUEPRINTS[1:]:
         with contextlib.suppress(ValueError):
@@ -258,11 +259,30 @@ def test_blueprints_of_a_cnn_can_be_offered():
     assert offered == [name for name in blueprints.CNN if name != "noop"]
     with pytest.raises(ValueError, match="must be one or more of"):
         LifecycleConfig(blueprints=("mine",))
-    BLUEPRINTS.append("mine")
-    try:
-        assert LifecycleConfig(blueprints=("mine", "norm")).blueprints == ("mine", "norm")
-    finally:
-        BLUEPRINTS.remove("mine")
+
+
+def test_a_module_of_ones_own_is_a_value_of_the_configuration():
+    mine = blueprints.Blueprint("mine", lambda c: {}, lambda p, x: x)
+    cfg = Config(lifecycle=LifecycleConfig(blueprints=("norm", mine, "conv_light")))
+    assert cfg.lifecycle.offered == ("norm", "mine", "conv_light")
+    assert cfg.lifecycle.catalog == (*BLUEPRINTS, "mine")
+    assert cfg.action_space == ActionSpace(3, (*BLUEPRINTS, "mine"), (1, 3, 13))
+    assert cfg.action_space.sizes["blueprint"] == 14 and Config().action_space.sizes["blueprint"] == 13
+    assert json.loads(cfg.to_json())["lifecycle"]["blueprints"] == ["norm", "mine", "conv_light"]
+    # the same functions are the same module, others under its name another
+    assert hash(cfg) == hash(cfg.replace(**{"lifecycle.blueprints": ("norm", mine._replace(), "conv_light")}))
+    other = mine._replace(forward=lambda p, x: 2 * x)
+    assert cfg != cfg.replace(**{"lifecycle.blueprints": ("norm", other, "conv_light")})
+    for wrong, match in (
+        ((mine, other), "each once"),
+        ((mine._replace(name="norm"),), "'norm' is the package's own"),
+        ((mine._replace(forward=lambda p, x: x[:, ::2]),), r"\(8, 6, 4, 2\) into \(8, 3, 4, 2\): must keep"),
+        ((mine._replace(forward=lambda p, x: x.astype(jnp.bfloat16)),), "must keep shape and dtype"),
+        ((mine._replace(draw=lambda key, c: {"w": jnp.zeros(c, jnp.int32)}),), "its parameter w is int32: must be"),
+        ((mine, 3), "a tuple of str"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            LifecycleConfig(blueprints=wrong)
 
 
 def test_hosts():

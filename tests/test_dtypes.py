@@ -16,7 +16,7 @@ from esper_jax.control import heuristic, normalizers, policy
 from esper_jax.control.arms import default_controllers
 from esper_jax.env.environment import make_env
 from esper_jax.lifecycle import stages
-from esper_jax.types import Action
+from esper_jax.types import Action, ActionSpace
 
 MODES = {
     "64 bits": functools.partial(jax.enable_x64, True),
@@ -65,7 +65,7 @@ STRICT = {"lifecycle.permissive_gates": False, "lifecycle.sequential": True, "li
 LARGE = {"host.n_blocks": 5, "host.base_channels": 2, "lifecycle.blueprints": KINDS}
 PROGRAMS = {
     "slots": lambda: jax.eval_shape(lambda: stages.empty(3)),
-    "policy": lambda: jax.eval_shape(lambda key: policy.init(key, 7, 2, 8), jax.random.key(0)),
+    "policy": lambda: jax.eval_shape(lambda key: policy.init(key, ActionSpace(2), 7, 8), jax.random.key(0)),
     "statistics": lambda: jax.eval_shape(statistics),
     "environment": environment,
     "shaped": lambda: environment({"reward.mode": "shaped"} | STRICT, augment=True),

@@ -91,4 +91,4 @@ def result() -> Result:
                 states.append(state)
                 rounds.append(records.round_arrays(metrics))
             arms = compiled.compare(KEY(), states[-1], ARMS)
-    return Result(states, rounds, records.arm_arrays(arms), ahead, later, compiled)
+    return Result(states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog), ahead, later, compiled)

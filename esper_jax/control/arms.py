@@ -7,14 +7,15 @@ from jax import lax
 from esper_jax.config import Config
 from esper_jax.control import baselines, heuristic
 from esper_jax.enums import BASELINE
-from esper_jax.network.blueprints import CNN
+from esper_jax.network import seed_bank
 from esper_jax.types import Array, Controller
 
 
 def default_controllers(cfg: Config) -> dict[str, Controller]:
     """The rules that a learned policy has to beat, with the blueprints that the configuration offers."""
-    offered = [name for name in cfg.lifecycle.blueprints if name != "noop"]
-    largest = [max(offered, key=lambda name: CNN[name].param_count(width)) for width in cfg.host.slot_widths]
+    offered = cfg.lifecycle.offered
+    modules = seed_bank.table(cfg.lifecycle.blueprints)[1:]
+    largest = [max(modules, key=lambda module: module.param_count(width)).name for width in cfg.host.slot_widths]
     rotation = tuple(name for name in heuristic.HeuristicConfig().rotation if name in offered)
     regular = "conv_light" if "conv_light" in offered else largest[-1]
     return {
@@ -23,7 +24,7 @@ def default_controllers(cfg: Config) -> dict[str, Controller]:
         "eager": baselines.eager(largest, lifecycle=cfg.lifecycle),
         "periodic": baselines.periodic(blueprint=regular, lifecycle=cfg.lifecycle),
         "heuristic": heuristic.make_controller(
-            heuristic.HeuristicConfig(rotation=rotation or (largest[-1],), available=tuple(offered))
+            heuristic.HeuristicConfig(rotation=rotation or (largest[-1],), available=offered)
         ),
     }
 
@@ -50,4 +51,6 @@ def choose(controllers: list[Controller], number: Array) -> Controller:
 def controllers(cfg: Config, script: str | None) -> dict[str, Controller]:
     """The rules of a run: the default ones, and `script` if there is a text of one. Raises ValueError if it is bad."""
     rules = default_controllers(cfg)
-    return rules if script is None else rules | {"script": baselines.script(baselines.parse_script(script))}
+    if script is not None:
+        rules["script"] = baselines.script(baselines.parse_script(script, cfg.lifecycle), cfg.lifecycle)
+    return rules

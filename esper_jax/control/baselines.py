@@ -19,7 +19,6 @@ from esper_jax.types import (
     ALPHA_CURVES,
     ALPHA_SPEED_EPOCHS,
     ALPHA_TARGETS,
-    BLUEPRINTS,
     HEAD_SIZES,
     HEADS,
     RELEVANT_HEADS,
@@ -105,11 +104,11 @@ def periodic(
 
 def _germination(blueprint: str | Sequence[str], lifecycle: LifecycleConfig) -> Action:
     """Germination of one blueprint, or of one per slot: then `blueprint` is i32[S]."""
-    offered = [name for name in lifecycle.blueprints if name != "noop"]
+    offered, names = lifecycle.offered, lifecycle.catalog
     for name in [blueprint] if isinstance(blueprint, str) else blueprint:
         if name not in offered:
             raise ValueError(f"blueprint = {name!r}: must be one of {', '.join(offered)}")
-    index = BLUEPRINTS.index(blueprint) if isinstance(blueprint, str) else [BLUEPRINTS.index(b) for b in blueprint]
+    index = names.index(blueprint) if isinstance(blueprint, str) else [names.index(b) for b in blueprint]
     return Action(
         op=jnp.int32(Op.GERMINATE),
         blueprint=jnp.asarray(index, jnp.int32),
@@ -152,15 +151,16 @@ def _nurse(
     return action
 
 
-def script(actions: Sequence[Action]) -> Controller:
+def script(actions: Sequence[Action], lifecycle: LifecycleConfig = LifecycleConfig()) -> Controller:
     """Replays `actions`, the first at the first decision, then waits.
 
     Raises:
       ValueError: if an index is out of its head's range; for the slot, once the number of slots is known.
     """
+    sizes = HEAD_SIZES | {"blueprint": len(lifecycle.catalog)}
     for step, action in enumerate(actions):
         for head in HEADS:
-            index, size = int(getattr(action, head)), HEAD_SIZES.get(head)
+            index, size = int(getattr(action, head)), sizes.get(head)
             least = 1 if head == "blueprint" and int(action.op) == Op.GERMINATE else 0  # noop is never germinated
             if index < least or (size is not None and index >= size):
                 allowed = f"{least} or more" if size is None else f"{least} to {size - 1}"
@@ -181,9 +181,8 @@ def _require_slots(scripted: np.ndarray, n_slots: int) -> None:
             raise ValueError(f"script: step {step}: slot = {slot}: must be 0 to {n_slots - 1}")
 
 
-# Words of a script file for the values of each head.
+# Words of a script file for the values of each head but slot and blueprint.
 _WORDS = {
-    "blueprint": BLUEPRINTS,
     "style": STYLES,
     "tempo": tuple(map(str, TEMPO_EPOCHS)),
     "alpha_target": tuple(map(str, ALPHA_TARGETS)),
@@ -193,7 +192,7 @@ _WORDS = {
 }
 
 
-def parse_script(text: str) -> list[Action]:
+def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> list[Action]:
     """Actions from lines such as `3: germinate slot=0 blueprint=conv_light style=linear_add tempo=3`.
 
     The number is the decision, counted from 0; decisions without a line wait. The op is followed by the fields that it
@@ -207,7 +206,7 @@ def parse_script(text: str) -> list[Action]:
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if line:
-            decision, action = _parse_line(number, line)
+            decision, action = _parse_line(number, line, lifecycle)
             if decision in decisions:
                 raise _script_error(number, "decision", decision, "a number that no other line has")
             decisions[decision] = action
@@ -218,31 +217,31 @@ def _script_error(line: int, field: str, value: object, allowed: str) -> ValueEr
     return ValueError(f"script line {line}: {field} = {str(value)!r}: must be {allowed}")
 
 
-def _parse_line(number: int, line: str) -> tuple[int, Action]:
+def _parse_line(number: int, line: str, lifecycle: LifecycleConfig) -> tuple[int, Action]:
     decision, _, rest = (part.strip() for part in line.partition(":"))
     if not decision.isdecimal():
         raise _script_error(number, "decision", decision, "a number from 0, followed by a colon")
     name, *pairs = rest.split() or [""]
-    op = Op(_parse_word(number, "op", name))
+    op = Op(_parse_word(number, "op", name, lifecycle))
     given = {}
     for pair in pairs:
         head, _, word = pair.partition("=")
         if head not in RELEVANT_HEADS[op] or head in given:
             allowed = ", ".join(RELEVANT_HEADS[op]) or "left out"
             raise _script_error(number, "field", head, f"{allowed} (for {name}), each at most once")
-        given[head] = _parse_word(number, head, word)
+        given[head] = _parse_word(number, head, word, lifecycle)
     for head in ("slot", "blueprint"):
         if head in RELEVANT_HEADS[op] and head not in given:
             raise _script_error(number, head, "", f"given for {name}")
     return int(decision), Action(op=jnp.int32(op)).replace(**{head: jnp.int32(i) for head, i in given.items()})
 
 
-def _parse_word(number: int, head: str, word: str) -> int:
+def _parse_word(number: int, head: str, word: str, lifecycle: LifecycleConfig) -> int:
     if head == "slot":
         if not word.isdecimal():
             raise _script_error(number, head, word, "a slot's number from 0")
         return int(word)
-    words = _WORDS[head]
-    if word not in words or word == "noop":
-        raise _script_error(number, head, word, f"one of {', '.join(w for w in words if w != 'noop')}")
-    return words.index(word)
+    words = lifecycle.offered if head == "blueprint" else _WORDS[head]
+    if word not in words:
+        raise _script_error(number, head, word, f"one of {', '.join(words)}")
+    return (lifecycle.catalog if head == "blueprint" else words).index(word)

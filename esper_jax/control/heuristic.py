@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from esper_jax.enums import catalog
 from esper_jax.lifecycle import alpha, stages
 from esper_jax.types import (
-    BLUEPRINTS,
     CNN_BLUEPRINTS,
     Action,
     Array,
@@ -70,7 +70,7 @@ class HeuristicConfig:
     """... and the host has gained less than this since its germination: the host has come to depend on it"""
 
     def __post_init__(self):
-        offered = tuple(name for name in self.available if name != "noop" and name in BLUEPRINTS)
+        offered = tuple(name for name in self.available if name != "noop")
         if not self.rotation or not set(self.rotation) <= set(offered):
             allowed = ", ".join(offered)
             raise ValueError(f"HeuristicConfig.rotation = {self.rotation!r}: must be one or more of {allowed}")
@@ -129,7 +129,7 @@ class Decision:
     """What to do and why."""
 
     op: Array  # i32[] Op
-    blueprint: Array  # i32[] index into BLUEPRINTS; noop unless the op is GERMINATE
+    blueprint: Array  # i32[] number in the catalog; noop unless the op is GERMINATE
     slot: Array  # i32[] the slot to germinate in, or of the seed that was looked at; 0 if there is none
     confidence: Array  # f32[] in [0, 1]
     reason: Array  # i32[] Reason
@@ -195,7 +195,7 @@ def make_controller(cfg: HeuristicConfig = HeuristicConfig()) -> Controller:
 
 
 def _rotation(cfg: HeuristicConfig) -> np.ndarray:
-    return np.array([BLUEPRINTS.index(name) for name in cfg.rotation], np.int32)
+    return np.array([catalog(cfg.available).index(name) for name in cfg.rotation], np.int32)
 
 
 def _decay(state: HeuristicState, epoch: Array, cfg: HeuristicConfig) -> HeuristicState:

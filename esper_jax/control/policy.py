@@ -19,10 +19,10 @@ from flax import struct
 
 from esper_jax.types import (
     ALPHA_TARGETS,
-    HEAD_SIZES,
     HEADS,
     RELEVANT_HEADS,
     Action,
+    ActionSpace,
     Array,
     Controller,
     Extras,
@@ -51,7 +51,8 @@ class Carry(NamedTuple):
 class PolicyOutput:
     """What the network says about one observation."""
 
-    logits: dict[str, Array]  # unmasked; of op and slot f32[choices], of every other head f32[S, choices], by slot
+    # unmasked; of op and slot f32[choices], of every other head f32[S, choices], by slot; choices as in the masks
+    logits: dict[str, Array]
     value: Array  # f32[] V(s)
 
 
@@ -98,7 +99,7 @@ def _dense(size: int, gain: float = np.sqrt(2)) -> nn.Dense:
 class _Network(nn.Module):
     """Cut before and after the recurrence, so that only the recurrence itself is scanned over time."""
 
-    n_slots: int
+    space: ActionSpace
     hidden: int
 
     def setup(self):
@@ -109,7 +110,7 @@ class _Network(nn.Module):
             "recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden), jnp.float32
         )
         self.output_norm = nn.LayerNorm(epsilon=NORM_EPS)
-        sizes = {head: self._shape(head)[-1] * (1 if head in _FIRST else self.n_slots) for head in HEADS}
+        sizes = {head: self._shape(head)[-1] * (1 if head in _FIRST else self.space.n_slots) for head in HEADS}
         # The hidden layers of all heads are one matrix product: the same network, with fewer and larger pieces.
         heads = len(HEADS) + 1
         self.head_hidden = nn.Dense(heads * (self.hidden // 2), kernel_init=_orthogonal_blocks(np.sqrt(2), heads))
@@ -117,9 +118,16 @@ class _Network(nn.Module):
         self.value_output = _dense(1, 1.0)
 
     def _shape(self, head: str) -> tuple[int, ...]:
-        """Of a head's logits."""
-        size = self.n_slots if head == "slot" else HEAD_SIZES[head]
-        return (size,) if head in _FIRST else (self.n_slots, size)
+        """Of what a head's output layer says: there is none for a blueprint that is not offered."""
+        size = len(self.space.offered) if head == "blueprint" else self.space.sizes[head]
+        return (size,) if head in _FIRST else (self.space.n_slots, size)
+
+    def _by_number(self, offered: Array) -> Array:
+        """Logits of the offered blueprints, [..., K], where their numbers in the catalog are, [..., N]."""
+        numbers = range(len(self.space.blueprints))
+        place = [self.space.offered.index(n) if n in self.space.offered else 0 for n in numbers]
+        there = np.isin(numbers, self.space.offered)
+        return jnp.where(there, offered[..., np.array(place)], ILLEGAL_LOGIT)
 
     def encode(self, features: Array) -> Array:
         """f32[..., D] -> what the input adds to the four gates, f32[..., 4H]."""
@@ -140,17 +148,12 @@ class _Network(nn.Module):
             head: self.head_output[head](part).reshape(*part.shape[:-1], *self._shape(head))
             for head, part in zip(HEADS, actors, strict=True)
         }
+        logits["blueprint"] = self._by_number(logits["blueprint"])
         return PolicyOutput(logits, self.value_output(critic)[..., 0])
 
     def __call__(self, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
         carry, hidden = self.recur(carry, self.encode(features))
         return carry, self.decode(hidden)
-
-
-def _network(params: dict) -> _Network:
-    """The module whose parameters these are; its sizes are those of the arrays."""
-    inner = params["params"]
-    return _Network(n_slots=inner["head_output_slot"]["bias"].shape[-1], hidden=hidden_size(params))
 
 
 def hidden_size(params: dict) -> int:
@@ -160,22 +163,22 @@ def hidden_size(params: dict) -> int:
 
 def init(
     key: Array,
+    space: ActionSpace,
     n_features: int,
-    n_slots: int,
     hidden: int,
     op_bias: Sequence[float] = (0.0,) * len(Op),
     full_alpha_bias: float = 0.0,
 ) -> dict:
-    """Fresh parameters for D = `n_features` and S = `n_slots`.
+    """Fresh parameters for D = `n_features`, H = `hidden`.
 
     Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, so
     the first policy is almost uniform but for `op_bias`, the biases of the ops' logits, and `full_alpha_bias`, that of
     alpha target 1. Other biases are 0, that of the forget gate 2.
     """
-    params = _Network(n_slots, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features, jnp.float32))
+    params = _Network(space, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features, jnp.float32))
     full = [full_alpha_bias * (target == 1.0) for target in ALPHA_TARGETS]
     inner = dict(params["params"])
-    for head, bias in (("op", op_bias), ("alpha_target", n_slots * full)):
+    for head, bias in (("op", op_bias), ("alpha_target", space.n_slots * full)):
         inner[f"head_output_{head}"] = inner[f"head_output_{head}"] | {"bias": jnp.asarray(bias, jnp.float32)}
     return {**params, "params": inner}
 
@@ -190,13 +193,13 @@ def reset_carry(carry: Carry, reset: Array) -> Carry:
     return jax.tree.map(lambda x: jnp.where(reset, 0.0, x), carry)
 
 
-def step(params: dict, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
+def step(space: ActionSpace, params: dict, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
     """One decision's worth of network: features f32[D], normalised."""
-    return _network(params).apply(params, carry, features)
+    return _Network(space, hidden_size(params)).apply(params, carry, features)
 
 
 def unroll(
-    params: dict, carry: Carry, features: Array, resets: Array, valid: Array | None = None
+    space: ActionSpace, params: dict, carry: Carry, features: Array, resets: Array, valid: Array | None = None
 ) -> tuple[dict[str, Array], Array]:
     """The network along a sequence.
 
@@ -209,7 +212,7 @@ def unroll(
     Returns:
       logits per head, with a leading T, and values f32[T].
     """
-    network = _network(params)
+    network = _Network(space, hidden_size(params))
     valid = jnp.ones_like(resets) if valid is None else valid
 
     def body(carry: Carry, row: tuple[Array, Array, Array]) -> tuple[Carry, Array]:
@@ -292,7 +295,7 @@ def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluati
 
 
 def make_controller(
-    params: dict, normalise: Callable[[Array], Array], *, deterministic: Array | bool = False
+    space: ActionSpace, params: dict, normalise: Callable[[Array], Array], *, deterministic: Array | bool = False
 ) -> Controller:
     """The policy as a controller; its carry is the LSTM state, to be reset (`reset_carry`) after a terminal step.
 
@@ -306,7 +309,7 @@ def make_controller(
         return initial_carry(hidden_size(params))
 
     def act(key: Array, carry: Carry, observation: Observation) -> tuple[Carry, Action, Extras]:
-        carry, out = step(params, carry, normalise(observation.features))
+        carry, out = step(space, params, carry, normalise(observation.features))
         action, log_prob = sample(key, out.logits, observation.masks, deterministic=deterministic)
         return carry, action, Extras(log_prob=log_prob, value=out.value)
 

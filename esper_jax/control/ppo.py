@@ -18,7 +18,7 @@ from esper_jax.config import PPOConfig
 from esper_jax.control import policy
 from esper_jax.run.devices import mean_over_devices
 from esper_jax.trees import select
-from esper_jax.types import HEADS, Action, Array, Masks, Op
+from esper_jax.types import HEADS, Action, ActionSpace, Array, Masks, Op
 
 LOG_RATIO_LIMIT = 20.0  # exp of it is still far from the largest float32
 KL_STOP_FACTOR = 1.5
@@ -82,9 +82,9 @@ def optimiser(cfg: PPOConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
-def init_learner(key: Array, cfg: PPOConfig, n_features: int, n_slots: int) -> LearnerState:
-    """Fresh policy and optimiser for D = `n_features` and S = `n_slots`."""
-    params = policy.init(key, n_features, n_slots, cfg.hidden_size, cfg.op_bias, cfg.full_alpha_bias)
+def init_learner(key: Array, cfg: PPOConfig, space: ActionSpace, n_features: int) -> LearnerState:
+    """Fresh policy and optimiser for D = `n_features`."""
+    params = policy.init(key, space, n_features, cfg.hidden_size, cfg.op_bias, cfg.full_alpha_bias)
     return LearnerState(params=params, opt_state=optimiser(cfg).init(params), updates=jnp.int32(0))
 
 
@@ -208,12 +208,12 @@ def explained_variance(batch: Batch, *, cfg: PPOConfig, axis_name: str | None = 
     return 1.0 - residual / jnp.maximum(total, cfg.advantage_std_floor**2)
 
 
-def _replay(params: Any, rows: Trajectory) -> tuple[policy.Evaluation, Array]:
+def _replay(space: ActionSpace, params: Any, rows: Trajectory) -> tuple[policy.Evaluation, Array]:
     """The decisions of ONE environment, rows [T, ...], under these parameters: evaluations and values f32[T]."""
     # Zeros where not valid: a NaN there would reach the gradient through the branch that `where` drops.
     features = jnp.where(rows.valid[:, None], rows.features, 0.0)
     carry = policy.initial_carry(policy.hidden_size(params))
-    logits, values = policy.unroll(params, carry, features, rows.reset, rows.valid)
+    logits, values = policy.unroll(space, params, carry, features, rows.reset, rows.valid)
     return jax.vmap(policy.evaluate)(logits, rows.masks, rows.action), values
 
 
@@ -222,6 +222,7 @@ def loss(
     batch: Batch,
     *,
     cfg: PPOConfig,
+    space: ActionSpace,
     entropy_coef: Array | float,
     hypers: Hypers | None = None,
     axis_name: str | None = None,
@@ -239,7 +240,7 @@ def loss(
       negative (Schulman, 2020).
     """
     rows, clip_ratio = batch.trajectory, (hypers or cfg).clip_ratio
-    evaluation, values = jax.vmap(lambda env: _replay(params, env), in_axes=1, out_axes=1)(rows)
+    evaluation, values = jax.vmap(lambda env: _replay(space, params, env), in_axes=1, out_axes=1)(rows)
     decided = rows.valid & jnp.delete(rows.masks.op, int(Op.WAIT), axis=-1).any(-1)
 
     log_ratio = jnp.where(decided, evaluation.log_prob - rows.log_prob, 0.0)
@@ -274,6 +275,7 @@ def update(
     bootstrap: Array | None = None,
     *,
     cfg: PPOConfig,
+    space: ActionSpace,
     hypers: Hypers | None = None,
     axis_name: str | None = None,
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -305,7 +307,8 @@ def update(
     batch = make_batch(trajectory, bootstrap, cfg=cfg, hypers=hypers, axis_name=axis_name)
     coef = entropy_coef(learner.updates, cfg, hypers)
     transform = optimiser(cfg)
-    gradient = jax.grad(partial(loss, cfg=cfg, entropy_coef=coef, hypers=hypers, axis_name=axis_name), has_aux=True)
+    objective = partial(loss, cfg=cfg, space=space, entropy_coef=coef, hypers=hypers, axis_name=axis_name)
+    gradient = jax.grad(objective, has_aux=True)
 
     def minibatch_step(state: tuple[Any, Any, Array], envs: Array) -> tuple[tuple[Any, Any, Array], dict[str, Array]]:
         params, opt_state, stopped = state

@@ -85,7 +85,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
     if weights is None:
         weights = RewardWeights.from_config(cfg.reward, cfg.ppo.gamma, cfg.lifecycle.min_prune_age)
     setting = Setting(dataset, weights, cfg)
-    horizon = cfg.training.epochs
+    horizon, space = cfg.training.epochs, cfg.action_space
 
     def init(key: Array) -> EnvState:
         return transition.newborn(setting, key)
@@ -93,7 +93,7 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
     def observe(state: EnvState) -> Observation:
         inputs = observation.Inputs(state.signals, state.slots, state.last_op, state.last_success, jnp.float32(horizon))
         legal = transition.legal_actions(setting, state)
-        return Observation(observation.encode(inputs), legal, state.signals, state.slots)
+        return Observation(observation.encode(inputs, space), legal, state.signals, state.slots)
 
     def step(key: Array, state: EnvState, action: Action):
         action = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), action)
@@ -134,4 +134,4 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
     def report(grown: Grown) -> Evaluation:
         return transition.measure(setting, grown.model, grown.slots, dataset.test)
 
-    return Env(init, reset, step, observe, report, setting.n_slots, observation.size(setting.n_slots))
+    return Env(init, reset, step, observe, report, setting.n_slots, observation.size(space))

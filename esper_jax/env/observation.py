@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from esper_jax.types import (
-    BLUEPRINTS,
     NUM_STAGES,
     STAGE_ONE_HOT_INDEX,
+    ActionSpace,
     AlphaMode,
     Array,
     Op,
@@ -97,8 +97,10 @@ GLOBAL_FEATURES = (
     Feature("val_loss", 1, -1, 1, lambda i: _loss(i.signals.val_loss)),
     Feature("val_accuracy", 1, 0, 1, lambda i: i.signals.val_accuracy / 100),
     Feature("train_accuracy", 1, 0, 1, lambda i: i.signals.train_accuracy / 100),
-    Feature("loss_history", HISTORY, -1, 1, lambda i: _measured(i.signals.history_valid,
-    _loss(i.signals.loss_history))), Feature(
+    Feature(
+        "loss_history", HISTORY, -1, 1, lambda i: _measured(i.signals.history_valid, _loss(i.signals.loss_history))
+    ),
+    Feature(
         "accuracy_history", HISTORY, 0, 1,
         lambda i: _measured(i.signals.history_valid, i.signals.accuracy_history / 100),
     ),
@@ -113,15 +115,18 @@ GLOBAL_FEATURES = (
 )  # fmt: skip
 
 
-def _slot_features() -> tuple[Feature, ...]:
-    """Built when asked for, since blueprints can be registered."""
+def _blueprint(slots: SlotState, space: ActionSpace) -> Array:
+    return (slots.blueprint[:, None] == jnp.asarray(space.offered, jnp.int32)[None]).astype(jnp.float32)
+
+
+def _slot_features(space: ActionSpace) -> tuple[Feature, ...]:
     clip = lambda x, scale, low=-1: jnp.clip(x.astype(jnp.float32) / scale, low, 1)
     share = lambda n, i: jnp.minimum(n.astype(jnp.float32) / i.epochs, 1)
     m = lambda i: i.slots.metrics
     return (
         Feature("occupied", 1, 0, 1, lambda i: i.slots.stage != Stage.DORMANT),
         Feature("stage", NUM_STAGES, 0, 1, lambda i: _stage_one_hot(i.slots.stage)),
-        Feature("blueprint", len(BLUEPRINTS), 0, 1, lambda i: _one_hot(i.slots.blueprint, len(BLUEPRINTS))),
+        Feature("blueprint", len(space.offered), 0, 1, lambda i: _blueprint(i.slots, space)),
         Feature("algorithm", 3, 0, 1, lambda i: _one_hot(i.slots.algorithm - 1, 3)),
         Feature("alpha", 1, 0, 1, lambda i: i.slots.alpha.alpha),
         Feature("alpha_target", 1, 0, 1, lambda i: i.slots.alpha.target),
@@ -163,24 +168,24 @@ def _slot_features() -> tuple[Feature, ...]:
     )  # fmt: skip
 
 
-def size(n_slots: int) -> int:
+def size(space: ActionSpace) -> int:
     """Length D of the vector."""
-    return sum(f.width for f in GLOBAL_FEATURES) + n_slots * sum(f.width for f in _slot_features())
+    return sum(f.width for f in GLOBAL_FEATURES) + space.n_slots * sum(f.width for f in _slot_features(space))
 
 
-def rows(slot_names: tuple[str, ...]) -> list[tuple[str, float, float]]:
+def rows(slot_names: tuple[str, ...], space: ActionSpace) -> list[tuple[str, float, float]]:
     """Name, low and high of every element of the vector, in order."""
     out = []
-    for prefix, features in [("", GLOBAL_FEATURES), *((f"{name}.", _slot_features()) for name in slot_names)]:
+    for prefix, features in [("", GLOBAL_FEATURES), *((f"{name}.", _slot_features(space)) for name in slot_names)]:
         for f in features:
             out += [(f"{prefix}{f.name}" + (f"[{k}]" if f.width > 1 else ""), f.low, f.high) for k in range(f.width)]
     return out
 
 
-def encode(inputs: Inputs) -> Array:
+def encode(inputs: Inputs, space: ActionSpace) -> Array:
     """The vector, f32[D]: global features, then those of each slot."""
-    n_slots = inputs.slots.stage.shape[0]
+    n_slots = space.n_slots
     general = [jnp.reshape(f.value(inputs), (f.width,)) for f in GLOBAL_FEATURES]
-    per_slot = [jnp.reshape(f.value(inputs), (n_slots, f.width)) for f in _slot_features()]
+    per_slot = [jnp.reshape(f.value(inputs), (n_slots, f.width)) for f in _slot_features(space)]
     slots = jnp.concatenate([value.astype(jnp.float32) for value in per_slot], 1)
     return jnp.concatenate([*(value.astype(jnp.float32) for value in general), slots.ravel()])

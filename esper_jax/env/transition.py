@@ -49,7 +49,7 @@ class Setting:
     @property
     def kinds(self) -> tuple[Blueprint, ...]:
         """What the numbers of the seeds' kinds stand for."""
-        return seed_bank.table(tuple(self.cfg.lifecycle.blueprints))
+        return seed_bank.table(self.cfg.lifecycle.blueprints)
 
     @property
     def configurations(self) -> np.ndarray:
@@ -88,7 +88,7 @@ def measure(setting: Setting, model: Model, slots: SlotState, split: Split) -> E
 
 def seed_params(setting: Setting, slots: SlotState) -> Array:
     """i32[S]: parameters of the seed in each slot, with its gate."""
-    number = seed_bank.kind_of(slots.blueprint, tuple(setting.cfg.lifecycle.blueprints))
+    number = seed_bank.kind_of(slots.blueprint, setting.cfg.lifecycle.blueprints)
     sizes = [
         jnp.asarray(seed_bank.param_counts(setting.kinds, w))[number[s]]
         + blend.gate_size(w) * slots.has_gate[s].astype(jnp.int32)
@@ -113,8 +113,7 @@ def newborn(setting: Setting, key: Array) -> EnvState:
     """A new host with empty slots, before its first epoch."""
     cfg, dataset, n_slots = setting.cfg, setting.dataset, setting.n_slots
     classes, channels = len(dataset.classes), dataset.train.images.shape[-1]
-    offered = tuple(cfg.lifecycle.blueprints)
-    model = networks.init(key, cfg.host, blueprints=offered, channels=channels, classes=classes)
+    model = networks.init(key, cfg.host, blueprints=cfg.lifecycle.blueprints, channels=channels, classes=classes)
     slots = stages.empty(n_slots)
     guess, guess_loss = 100.0 / classes, setting.random_guess_loss
     tracker_state = tracker.init(cfg.tracker)
@@ -180,7 +179,7 @@ def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[
     outcome = outcome.replace(legal=outcome.legal & permitted, success=outcome.success & permitted)
 
     seeds = []
-    number = seed_bank.kind_of(request.blueprint, tuple(cfg.lifecycle.blueprints))
+    number = seed_bank.kind_of(request.blueprint, cfg.lifecycle.blueprints)
     for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True)):
         seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
         fresh = seed_bank.germinate(seed_key, setting.kinds, w, number)

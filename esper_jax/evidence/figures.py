@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esper_jax.enums import BASELINE, BLUEPRINTS, LEARNED, POLICY, Stage
+from esper_jax.enums import BASELINE, LEARNED, POLICY, Stage
 from esper_jax.evidence.statistics import mean_interval
 from esper_jax.evidence.tables import by_arm
 
@@ -132,6 +132,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
     """Which module each arm kept in which slot, in how many environments, and when."""
     stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
     names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
+    modules = metrics["arms/blueprints"]
     alone = [name for name in names if names.count(name) == 1]
     shown = [a for a, name in enumerate(names) if name != BASELINE]
     n_slots, envs = stage.shape[-1], stage.shape[1]
@@ -151,7 +152,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
                 drawn.add(kind)
                 axes.barh(bottom, count / envs, 0.8, left, color=_blueprint_colour(kind), edgecolor="white")
                 if count / envs > 0.28:
-                    text = f"{BLUEPRINTS[kind]}\n{born:.0f} to {done:.0f}"
+                    text = f"{modules[kind]}\n{born:.0f} to {done:.0f}"
                     axes.text(left + count / envs / 2, bottom, text, ha="center", va="center", fontsize=7)
                 left += count / envs
         if not (stage[a, :, -1] == Stage.FOSSILIZED).any():
@@ -165,7 +166,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
         axes.set_visible(False)
     panels[0].set_xlim(0, 1)
     panels[0].set_yticks(range(n_slots), [f"slot {s}" for s in reversed(range(n_slots))])
-    handles = [Patch(color=_blueprint_colour(kind), label=BLUEPRINTS[kind]) for kind in sorted(drawn)]
+    handles = [Patch(color=_blueprint_colour(kind), label=modules[kind]) for kind in sorted(drawn)]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(
@@ -218,7 +219,7 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
     for axes, name in zip(panels, shown, strict=True):
         a = everyone.index(name)
         lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
-        _swimlanes(axes, *lanes)
+        _swimlanes(axes, metrics["arms/blueprints"], *lanes)
         axes.set_title(f"{name}: test accuracy of what was kept {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
     panels[-1].set_xlabel("epoch of the host's training")
     panels[-1].set_xlim(0.5, epochs + 0.5)
@@ -233,7 +234,9 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
     )
 
 
-def _swimlanes(axes: Axes, stage: np.ndarray, alpha: np.ndarray, blueprint: np.ndarray, panic: np.ndarray) -> None:
+def _swimlanes(
+    axes: Axes, modules: np.ndarray, stage: np.ndarray, alpha: np.ndarray, blueprint: np.ndarray, panic: np.ndarray
+) -> None:
     epochs, n_slots = stage.shape
     x = np.arange(1, epochs + 1)
     for s in range(n_slots):
@@ -244,7 +247,7 @@ def _swimlanes(axes: Axes, stage: np.ndarray, alpha: np.ndarray, blueprint: np.n
             axes.bar(x[here], 0.85 * alpha[here, s], 1, bottom, color=colour, linewidth=0)
         previous = np.concatenate([[-1], blueprint[:-1, s]])
         for t in np.flatnonzero((blueprint[:, s] >= 0) & (blueprint[:, s] != previous)):
-            axes.text(x[t] - 0.4, bottom + 0.42, BLUEPRINTS[blueprint[t, s]], fontsize=7, va="center")
+            axes.text(x[t] - 0.4, bottom + 0.42, modules[blueprint[t, s]], fontsize=7, va="center")
     for t in np.flatnonzero(panic):
         axes.axvline(x[t] + 0.5, color="red", linestyle=":")
     axes.set_yticks(np.arange(n_slots) + 0.42, [f"slot {s}" for s in reversed(range(n_slots))])

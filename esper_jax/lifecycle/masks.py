@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from esper_jax.config import LifecycleConfig
 from esper_jax.lifecycle import stages
 from esper_jax.types import (
-    BLUEPRINTS,
     HEAD_SIZES,
     RELEVANT_HEADS,
     STYLES,
@@ -62,7 +61,7 @@ def legal(slots: SlotState, cfg: LifecycleConfig, allowed: Array | bool = True) 
         op=op,
         slot=jnp.ones_like(by_op[0]),
         slot_by_op=by_op,
-        blueprint=jnp.array([name in cfg.blueprints and name != "noop" for name in BLUEPRINTS]),
+        blueprint=jnp.array([name in cfg.offered for name in cfg.catalog]),
         style=(jnp.arange(len(STYLES)) == 2) | blends,
         tempo=always("tempo"),
         alpha_target=(jnp.arange(HEAD_SIZES["alpha_target"]) == 2) | blends,

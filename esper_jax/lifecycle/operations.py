@@ -31,7 +31,7 @@ class Request:
 
     op: Array  # i32[] Op
     slot: Array  # i32[]
-    blueprint: Array  # i32[] index into BLUEPRINTS
+    blueprint: Array  # i32[] number in the catalog
     algorithm: Array  # i32[] AlphaAlgorithm; NONE keeps the present one (SET_ALPHA_TARGET)
     ramp_curve: Array  # i32[] AlphaCurve of the first ramp (GERMINATE)
     ramp_epochs: Array  # i32[] length of the first ramp (GERMINATE)

@@ -34,7 +34,8 @@ class SeedVars:
     params: Array  # f32[P] packed parameters of the seed, see seed_bank
     gate: Array  # f32[G] packed parameters of the gate network
     width: int = struct.field(pytree_node=False)  # channels of the slot
-    blueprints: tuple[str, ...] = struct.field(pytree_node=False)  # kinds of seeds it can hold; only these are compiled
+    # kinds of seeds it can hold; only these are compiled
+    blueprints: tuple[str | blueprints.Blueprint, ...] = struct.field(pytree_node=False)
 
 
 @struct.dataclass

@@ -2,8 +2,9 @@
 
 A seed reads the host's features at its slot and returns features of the same shape. No BatchNorm, no dropout, no bias
 in convolutions. A row has a `spec`, which says how many parameters of what shape and initial range a module has at a
-width, and a `forward` on one tile `[C, H, W, N]` (see `layers`); its costly first part may be told apart as `stem`. To
-add a module from outside, `register` one.
+width, and a `forward` on one tile `[C, H, W, N]` (see `layers`); its costly first part may be told apart as `stem`.
+A module of one's own is a `Blueprint` among `LifecycleConfig.blueprints`; `Blueprint.from_functions` makes one of any
+`init` and `apply` on `[B, H, W, C]`.
 
 Every parameter starts uniform in a range (PyTorch's default for layers) or constant, so that all kinds of seeds are
 drawn by one random call. Initial values differ from the reference where its choice could never learn (a zero
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from esper_jax.network import layers
-from esper_jax.types import BLUEPRINTS, HEAD_SIZES, Array
+from esper_jax.types import Array
 
 Params = dict[str, Array]
 
@@ -50,11 +51,65 @@ def constant(shape: tuple[int, ...], value: float) -> Initial:
 
 
 class Blueprint(NamedTuple):
-    """A kind of seed."""
+    """A kind of seed. Two are the same if their functions are the same objects."""
 
+    name: str
     spec: Callable[[int], dict[str, Initial]]  # width -> parameters, in the order in which they are packed
     forward: Callable[..., Array]  # (parameters, x) -> y, both [C, H, W, N]; with a stem (parameters, x, stem's) -> y
     stem: Callable[[Params, Array], Array] | None = None  # (parameters, x) -> [C, H, W, N], kept for the backward pass
+    draw: Callable[[Array, int], Params] | None = None  # (key, width) -> parameters that no range describes
+
+    @classmethod
+    def from_functions(
+        cls, name: str, init: Callable[[Array, int], Any], apply: Callable[[Any, Array], Array]
+    ) -> Blueprint:
+        """A module whose features lie as everywhere in the field.
+
+        Args:
+          init: `(key, width) -> params`, any pytree of f32 arrays.
+          apply: `(params, x) -> y`, both `[B, H, W, C]`; called with a tile of a batch at a time, so that it may not
+            depend on other images. `y` is cast to the dtype of `x`.
+
+        A module of flax, for which `x` has to have some size when it is initialised:
+
+            Blueprint.from_functions(
+                "mixer", lambda key, width: Mixer().init(key, jnp.zeros((1, 8, 8, width))), Mixer().apply
+            )
+        """
+        trees: dict[int, Any] = {}
+
+        def tree(width: int) -> Any:
+            if width not in trees:
+                trees[width] = jax.eval_shape(lambda key: init(key, width), jax.random.key(0))
+            return trees[width]
+
+        def named(params: Any) -> Params:
+            return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+        def spec(width: int) -> dict[str, Initial]:
+            return {path: Initial(leaf.shape, 0, 0) for path, leaf in named(tree(width)).items()}
+
+        def forward(params: Params, x: Array) -> Array:
+            params = jax.tree.unflatten(jax.tree.structure(tree(x.shape[0])), list(params.values()))
+            y = apply(params, x.transpose(3, 1, 2, 0)).astype(x.dtype)
+            return y.transpose(3, 1, 2, 0)
+
+        return cls(name, spec, forward, draw=lambda key, width: named(init(key, width)))
+
+    def check(self) -> None:
+        """Raises ValueError if the module changes shape or dtype of its input, or its parameters are not f32."""
+        x = jax.ShapeDtypeStruct((8, 6, 4, 2), jnp.float32)
+        params = jax.eval_shape(lambda key: self.init(key, 8), jax.random.key(0))
+        for path, leaf in params.items():
+            if leaf.dtype != jnp.float32:
+                raise ValueError(f"blueprint {self.name!r}: its parameter {path} is {leaf.dtype}: must be float32")
+        stem = jax.eval_shape(self.stem_of, params, x)
+        for part, y in (("stem", stem), ("module", jax.eval_shape(self.after_stem, params, x, stem))):
+            if y.shape != x.shape or y.dtype != x.dtype:
+                raise ValueError(
+                    f"blueprint {self.name!r}: its {part} turns features {x.shape} into {y.shape}: must keep shape and "
+                    "dtype"
+                )
 
     def stem_of(self, params: Params, x: Array) -> Array:
         """What is kept of a tile for the backward pass; zeros for a module that keeps nothing."""
@@ -66,6 +121,8 @@ class Blueprint(NamedTuple):
 
     def init(self, key: Array, width: int) -> Params:
         """Fresh parameters for `width` channels, f32."""
+        if self.draw is not None:
+            return self.draw(key, width)
         spec = self.spec(width)
         keys = jax.random.split(key, max(len(spec), 1))
         return {
@@ -181,33 +238,15 @@ def _conv_heavy(p: Params, x: Array, y: Array) -> Array:
 # would sit before a ReLU or a sigmoid and never learn (or, in bottleneck, adds nothing to the zero scale), and the
 # blend is the identity at alpha 0 anyway: nothing is set.
 CNN: dict[str, Blueprint] = {
-    "noop": Blueprint(lambda c: {}, _noop),
-    "conv_light": Blueprint(lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual, _convolution),
-    "attention": Blueprint(_attention_spec, _attention),
-    "norm": Blueprint(_norm_spec, _norm),
-    "depthwise": Blueprint(_depthwise_spec, _residual, _separable),
-    "bottleneck": Blueprint(_bottleneck_spec, _bottleneck, _narrow),
-    "conv_small": Blueprint(lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual, _convolution),
-    "conv_heavy": Blueprint(_conv_heavy_spec, _conv_heavy, _first_convolution),
+    blueprint.name: blueprint
+    for blueprint in (
+        Blueprint("noop", lambda c: {}, _noop),
+        Blueprint("conv_light", lambda c: {"conv": _conv(3, c, c), **_group_norm_spec(c)}, _residual, _convolution),
+        Blueprint("attention", _attention_spec, _attention),
+        Blueprint("norm", _norm_spec, _norm),
+        Blueprint("depthwise", _depthwise_spec, _residual, _separable),
+        Blueprint("bottleneck", _bottleneck_spec, _bottleneck, _narrow),
+        Blueprint("conv_small", lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual, _convolution),
+        Blueprint("conv_heavy", _conv_heavy_spec, _conv_heavy, _first_convolution),
+    )
 }
-
-
-def register(name: str, blueprint: Blueprint) -> None:
-    """Adds a module to the table and to the action space, behind the existing ones.
-
-    It is offered to controllers once its name is in `LifecycleConfig.blueprints`. Raises ValueError if the name is
-    taken or the module changes the shape of its input.
-    """
-    if name in BLUEPRINTS:
-        raise ValueError(f"blueprint {name!r} exists already (known: {', '.join(BLUEPRINTS)})")
-    x = jax.ShapeDtypeStruct((8, 6, 4, 2), jnp.float32)
-    params = jax.eval_shape(lambda key: blueprint.init(key, 8), jax.random.key(0))
-    stem = jax.eval_shape(blueprint.stem_of, params, x)
-    for part, y in (("stem", stem), ("module", jax.eval_shape(blueprint.after_stem, params, x, stem))):
-        if y.shape != x.shape or y.dtype != x.dtype:
-            raise ValueError(
-                f"blueprint {name!r}: its {part} turns features {x.shape} into {y.shape}: must keep shape and dtype"
-            )
-    BLUEPRINTS.append(name)
-    CNN[name] = blueprint
-    HEAD_SIZES["blueprint"] = len(BLUEPRINTS)

@@ -14,6 +14,7 @@ from jax import lax
 from esper_jax.config import HostConfig
 from esper_jax.network import blend, cnn, seed_bank
 from esper_jax.network.blend import Controls, SeedVars
+from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import CNN_BLUEPRINTS, Array, SlotState
 
 
@@ -25,7 +26,7 @@ class Model:
     seeds: tuple[SeedVars, ...]  # one per slot, in the order of the forward pass, or none at all
 
     @property
-    def blueprints(self) -> tuple[str, ...]:
+    def blueprints(self) -> tuple[str | Blueprint, ...]:
         """Kinds of seeds that the slots can hold."""
         return self.seeds[0].blueprints if self.seeds else ()
 
@@ -34,7 +35,7 @@ def init(
     key: Array,
     cfg: HostConfig,
     *,
-    blueprints: tuple[str, ...] = CNN_BLUEPRINTS,
+    blueprints: tuple[str | Blueprint, ...] = CNN_BLUEPRINTS,
     channels: int = 3,
     classes: int = 10,
 ) -> Model:

@@ -15,23 +15,23 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from esper_jax.enums import catalog
 from esper_jax.network import blueprints
 from esper_jax.network.blueprints import Blueprint
-from esper_jax.types import BLUEPRINTS, Array
+from esper_jax.types import Array
 
 # --- packed parameters -----------------------------------------------------------------------------------------------
 
 
-def table(names: tuple[str, ...]) -> tuple[Blueprint, ...]:
-    """What the numbers 0, 1, 2, ... of the seeds' kinds stand for: noop, then the named blueprints."""
-    return tuple(blueprints.CNN[name] for name in ("noop", *(name for name in names if name != "noop")))
+def table(modules: tuple[str | Blueprint, ...]) -> tuple[Blueprint, ...]:
+    """What the numbers 0, 1, 2, ... of the seeds' kinds stand for: noop, then the given blueprints."""
+    return tuple(blueprints.CNN[m] if isinstance(m, str) else m for m in ("noop", *(m for m in modules if m != "noop")))
 
 
-def kind_of(blueprint: Array, names: tuple[str, ...]) -> Array:
-    """i32: number in `table(names)` of an index into BLUEPRINTS; 0 (noop) for none and for one that is not in it."""
-    numbers = [0] * len(BLUEPRINTS)
-    for number, name in enumerate((name for name in names if name != "noop"), start=1):
-        numbers[BLUEPRINTS.index(name)] = number
+def kind_of(blueprint: Array, modules: tuple[str | Blueprint, ...]) -> Array:
+    """i32: number in `table(modules)` of a number in the catalog; 0 (noop) for none and for one that is not in it."""
+    names = [kind.name for kind in table(modules)]
+    numbers = [names.index(name) if name in names else 0 for name in catalog(names)]
     return jnp.where(blueprint < 0, 0, jnp.asarray(numbers, jnp.int32)[jnp.maximum(blueprint, 0)])
 
 
@@ -84,13 +84,18 @@ def tensor_ids(kinds: tuple[Blueprint, ...], width: int, kind: Array) -> tuple[A
 
 
 def germinate(key: Array, kinds: tuple[Blueprint, ...], width: int, kind: Array) -> Array:
-    """A fresh vector for number `kind` (i32[]) of the kinds, `f32[packed_size]`; one draw serves all kinds."""
+    """A fresh vector for number `kind` (i32[]) of the kinds, `f32[packed_size]`; one draw serves all kinds but those
+    that bring their own."""
     ids, tensors = tensor_ids(kinds, width, kind)
     used = ids < tensors
     ids = jnp.minimum(ids, tensors - 1)
     low = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.low, 0))[kind][ids]
     high = jnp.asarray(_by_tensor(kinds, width, lambda initial: initial.high, 0))[kind][ids]
-    return jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape, jnp.float32), 0)
+    fresh = jnp.where(used, low + (high - low) * jax.random.uniform(key, ids.shape, jnp.float32), 0)
+    for number, blueprint in enumerate(kinds):
+        if blueprint.draw is not None:
+            fresh = jnp.where(kind == number, pack(blueprint.init(key, width), ids.shape[0]), fresh)
+    return fresh
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------

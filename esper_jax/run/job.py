@@ -154,7 +154,7 @@ def header(console: Console, options: JobOptions, cfg: Config, out: Path, rules:
         "run": str(out),
         "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
         "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
-        + "blueprints " + " ".join(name for name in cfg.lifecycle.blueprints if name != "noop"),
+        + "blueprints " + " ".join(cfg.lifecycle.offered),
         "plan": f"policies: {cfg.policy_seeds} x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
         f"epochs, then {rules} rules and {len(LEARNED)} ways to act of each policy x {cfg.report_envs} environments: "
         f"{total:,} epochs of a host",
@@ -179,7 +179,7 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     with job.console.step("arms", " ".join(job.train.controllers)):
-        return records.arm_arrays(job.train.compare(job.key, run, job.train.controllers))
+        return records.arm_arrays(job.train.compare(job.key, run, job.train.controllers), job.cfg.lifecycle.catalog)
 
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:

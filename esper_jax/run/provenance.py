@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -71,7 +70,7 @@ def same_data(identity: str, other: str) -> bool:
 
 def computed(cfg: Config) -> dict[str, Any]:
     """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this."""
-    fields = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_COMPUTED}
+    fields = {name: value for name, value in cfg.to_dict().items() if name not in NOT_COMPUTED}
     return fields | {"data": {name: value for name, value in fields["data"].items() if name != "data_dir"}}
 
 
@@ -98,7 +97,7 @@ def run_card(cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "versions": versions(),
         "source": source(),
         "config_hash": hashlib.sha256(cfg.to_json().encode()).hexdigest()[:16],
-        "config": dataclasses.asdict(cfg),
+        "config": cfg.to_dict(),
     }
 
 

@@ -1,7 +1,8 @@
 """The files of a run: what compiled programs return, as arrays and rows (Esper's Nissa).
 
     metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P],
-                     arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A]
+                     arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A],
+                     arms/blueprints [N] (names by number)
     lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
     outcomes.csv     one row per (arm, policy, environment) of the comparison
 
@@ -18,7 +19,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from esper_jax.enums import LEARNED
 from esper_jax.train import Comparison, Metrics, Rollout
-from esper_jax.types import BLUEPRINTS, Op, PanicReason, Stage
+from esper_jax.types import Op, PanicReason, Stage
 
 # The mask that says which entries of a field were measured; a field not listed always is.
 _MASK = {
@@ -74,8 +75,8 @@ def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
     return rows | {f"learner/{name}": np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
 
 
-def arm_arrays(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
-    """The comparison's arrays with a leading A, in the order of `arms/names`."""
+def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[str, np.ndarray]:
+    """The comparison's arrays with a leading A, in the order of `arms/names`; `blueprints` are names by number."""
     per_arm, names, policies = [], [], []
     for name, result in arms.items():
         test = jax.device_get(result.test)
@@ -89,7 +90,8 @@ def arm_arrays(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
         names += [name] * len(test.accuracy)
         policies += range(len(test.accuracy))
     joined = {f"arms/{name}": np.concatenate([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
-    return {"arms/names": np.array(names), "arms/policy_seed": np.array(policies)} | joined
+    labels = {"names": names, "policy_seed": policies, "blueprints": blueprints}
+    return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -226,7 +228,7 @@ def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
             "gate_level": int(at["gate_level"]) if gated else None,
             "gate_passed": bool(at["gate_passed"]) if gated else None,
             "panic": PanicReason(at["panic_reason"]).name.lower() if at["panic"] else None,
-            "blueprint": BLUEPRINTS[kind] if kind >= 0 else None,
+            "blueprint": str(arms["blueprints"][kind]) if kind >= 0 else None,
             "alpha": round(float(at["alpha"][s]), 6),
         }
 

@@ -281,7 +281,7 @@ def uniform(bench: Bench, envs: int, blueprint: str, live: int):
 def mixture(bench: Bench, envs: int):
     """Environments with a random blueprint at a random stage, or none, in every slot."""
     rng = np.random.default_rng(2)
-    offered = [name for name in bench.cfg.lifecycle.blueprints if name != "noop"]
+    offered = bench.cfg.lifecycle.offered
     shape = (envs, len(bench.cfg.host.slot_names))
     return grown(bench, rng.choice(offered, shape), rng.choice(MIXTURE, shape))
 

@@ -340,7 +340,7 @@ def _pieces(bench: Bench, states) -> dict[str, Callable]:
     cfg, horizon = bench.cfg, bench.cfg.training.epochs
     pieces = {
         "observation": lambda s: observation.encode(
-            observation.Inputs(s.signals, s.slots, s.last_op, s.last_success, jnp.float32(horizon))
+            observation.Inputs(s.signals, s.slots, s.last_op, s.last_success, jnp.float32(horizon)), cfg.action_space
         ),
         "masks": lambda s: masks.legal(s.slots, cfg.lifecycle),
     }

@@ -14,9 +14,10 @@ from flax import struct
 
 from esper_jax.config import PPOConfig
 from esper_jax.control import policy, ppo
-from esper_jax.types import HEAD_SIZES, Action, Array, Masks, Observation, Op
+from esper_jax.types import HEAD_SIZES, Action, ActionSpace, Array, Masks, Observation, Op
 
 N_FEATURES, N_SLOTS, STEPS, N_ENVS = 5, 2, 6, 32
+SPACE = ActionSpace(N_SLOTS)
 GAMMA = 0.9
 GOOD_BLUEPRINT = 3
 CFG = PPOConfig(
@@ -124,7 +125,7 @@ def make_env(probe: Array):
 def rollout(key: Array, params, probe: Array) -> ppo.Trajectory:
     """One episode in each of N_ENVS environments; axes [T, E]."""
     reset, step = make_env(probe)
-    controller = policy.make_controller(params, lambda features: features)
+    controller = policy.make_controller(SPACE, params, lambda features: features)
 
     def episode(key):
         reset_key, init_key, key = jax.random.split(key, 3)
@@ -158,7 +159,7 @@ class Result(NamedTuple):
 
 # Compilation costs these tests more than running: LLVM's optimisations are left out.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-init = jit(partial(ppo.init_learner, cfg=CFG, n_features=N_FEATURES, n_slots=N_SLOTS))
+init = jit(partial(ppo.init_learner, cfg=CFG, space=SPACE, n_features=N_FEATURES))
 play = jit(rollout)
 count_illegal = jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
 
@@ -167,7 +168,7 @@ count_illegal = jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.mask
 @chex.assert_max_traces(n=1)
 def update(key: Array, learner: ppo.LearnerState, rows: ppo.Trajectory):
     """The learner's update under CFG: compiled once for whatever is done with it."""
-    return ppo.update(key, learner, rows, cfg=CFG)
+    return ppo.update(key, learner, rows, cfg=CFG, space=SPACE)
 
 
 def train(name: str, *, rounds: int, seed: int = 0) -> Result:

@@ -16,6 +16,7 @@ from esper_jax.types import (
     HEADS,
     RELEVANT_HEADS,
     Action,
+    ActionSpace,
     Extras,
     Masks,
     Observation,
@@ -23,10 +24,11 @@ from esper_jax.types import (
 )
 
 D, S, H, T = 7, 3, 8, 6
+SPACE = ActionSpace(S)
 BY_SLOT = [head for head in HEADS if head not in ("op", "slot")]  # whose logits depend on the slot
-init = probes.jit(lambda key: policy.init(key, D, S, H))
-step = probes.jit(policy.step)
-unroll = probes.jit(policy.unroll)
+init = probes.jit(lambda key: policy.init(key, SPACE, D, H))
+step = probes.jit(partial(policy.step, SPACE))
+unroll = probes.jit(partial(policy.unroll, SPACE))
 entropy_and_grad = probes.jit(jax.value_and_grad(policy.masked_entropy))
 evaluate = probes.jit(policy.evaluate)
 
@@ -70,15 +72,18 @@ def forward_in_numpy(params, features):
         parts = np.split(relu(dense(norm(hidden, "output_norm"), "head_hidden")), 9)
         logits = {head: dense(parts[i], f"head_output_{head}") for i, head in enumerate(HEADS)}
         logits |= {head: logits[head].reshape(S, -1) for head in BY_SLOT}
+        # noop, number 0, is not offered
+        logits["blueprint"] = np.pad(logits["blueprint"], ((0, 0), (1, 0)), constant_values=policy.ILLEGAL_LOGIT)
         out.append((logits, dense(parts[8], "value_output")[0]))
     return {head: np.stack([row[0][head] for row in out]) for head in HEADS}, np.array([row[1] for row in out])
 
 
 def test_sizes_are_those_of_the_reference():
     # The reference has 128 D + 209640 with 3 slots and two LSTM biases of 4 * 128 where one does: 209128.
-    # Here 13 blueprints, 4 styles, 3 tempos, 3 targets, 4 speeds and 3 curves have a row of 64 + 1 for each slot.
-    shapes = jax.eval_shape(lambda key: policy.init(key, 218, 3, 128), jax.random.key(0))
-    extra = 2 * 65 * (13 + 4 + 3 + 3 + 4 + 3)
+    # Here 12 blueprints (noop is not offered), 4 styles, 3 tempos, 3 targets, 4 speeds and 3 curves have a row of
+    # 64 + 1 for each slot; the reference has 13 blueprints.
+    shapes = jax.eval_shape(lambda key: policy.init(key, ActionSpace(3), 218, 128), jax.random.key(0))
+    extra = 2 * 65 * (12 + 4 + 3 + 3 + 4 + 3) - 65
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 128 * 218 + 209128 + extra
 
 
@@ -107,12 +112,14 @@ def test_the_first_policy_is_uniform_but_for_its_biases():
 
     Outputs of gain .01 move a logit by some hundredths, whatever is seen."""
     op_bias, full = (1.0, 0.0, 0.5, -3.0, 3.0, 2.0), 2.0
-    biased = probes.jit(lambda key: policy.init(key, D, S, H, op_bias, full))(jax.random.key(3))
+    biased = probes.jit(lambda key: policy.init(key, SPACE, D, H, op_bias, full))(jax.random.key(3))
     x = jnp.asarray(np.random.default_rng(4).normal(size=(5, D)), jnp.float32)
-    see = probes.jit(jax.vmap(lambda params, x: policy.step(params, policy.initial_carry(H), x)[1].logits, (None, 0)))
+    once = lambda params, x: policy.step(SPACE, params, policy.initial_carry(H), x)[1].logits
+    see = probes.jit(jax.vmap(once, (None, 0)))
     flat = {
         head: np.zeros((S, HEAD_SIZES[head]) if head in BY_SLOT else (HEAD_SIZES | {"slot": S})[head]) for head in HEADS
     }
+    flat["blueprint"][:, 0] = policy.ILLEGAL_LOGIT  # noop is not offered
     close = partial(np.testing.assert_allclose, atol=0.06)
     for params, expected in (
         (init(jax.random.key(3)), flat),
@@ -323,7 +330,7 @@ def test_a_row_without_any_legal_choice_stays_finite():
 
 def test_controller(params):
     """One decision of four environments: the parts of `act` are `normalise`, `step` and `sample`."""
-    controller = policy.make_controller(params, lambda features: features / 2)
+    controller = policy.make_controller(SPACE, params, lambda features: features / 2)
     x = jnp.asarray(np.random.default_rng(9).normal(size=(4, D)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 4)
 
@@ -332,7 +339,7 @@ def test_controller(params):
         return controller.act(key, carry, Observation(x, all_legal(), None, None))
 
     def by_hand(key, x):
-        carry, out = policy.step(params, policy.initial_carry(H), x / 2)
+        carry, out = policy.step(SPACE, params, policy.initial_carry(H), x / 2)
         action, log_prob = policy.sample(key, out.logits, all_legal())
         return carry, action, Extras(log_prob, out.value)
 

@@ -13,14 +13,16 @@ import pytest
 from esper_jax.control import ppo
 from esper_jax.types import HEADS, Op
 
-CFG = probes.CFG
+CFG, SPACE = probes.CFG, probes.SPACE
 T, E = probes.STEPS, probes.N_ENVS
 KEY = jax.random.key(0)
 gae = probes.jit(ppo.gae)
 normalise = probes.jit(ppo.normalise_advantages)
 make_batch = probes.jit(partial(ppo.make_batch, cfg=CFG))
 loss_and_grad = probes.jit(
-    lambda params, batch, coef: jax.value_and_grad(ppo.loss, has_aux=True)(params, batch, cfg=CFG, entropy_coef=coef)
+    lambda params, batch, coef: jax.value_and_grad(ppo.loss, has_aux=True)(
+        params, batch, cfg=CFG, space=SPACE, entropy_coef=coef
+    )
 )
 
 
@@ -136,7 +138,9 @@ def test_ratios_are_one_across_a_reset_inside_the_sequence(learner, rows):
     """Two episodes of T rows as one sequence of 2 T, the second begun by a reset."""
     second = probes.play(jax.random.key(7), learner.params, jnp.int32(0))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, second)
-    evaluate = probes.jit(lambda batch: ppo.loss(learner.params, batch, cfg=CFG, entropy_coef=0.0)[1]["ratio_error"])
+    evaluate = probes.jit(
+        lambda batch: ppo.loss(learner.params, batch, cfg=CFG, space=SPACE, entropy_coef=0.0)[1]["ratio_error"]
+    )
     assert evaluate(make_batch(both)) < 1e-5
     assert evaluate(make_batch(both.replace(reset=jnp.zeros_like(both.reset)))) > 1e-3
 
@@ -230,7 +234,7 @@ OTHER = dict(
 def traced_update():
     """`ppo.update` with its hypers as an argument: one program for all of them; those of its `cfg` are others."""
     cfg = dataclasses.replace(CFG, **OTHER)
-    fun = lambda learner, rows, hypers: ppo.update(KEY, learner, rows, cfg=cfg, hypers=hypers)
+    fun = lambda learner, rows, hypers: ppo.update(KEY, learner, rows, cfg=cfg, space=SPACE, hypers=hypers)
     return probes.jit(chex.assert_max_traces(fun, n=1))
 
 
@@ -290,7 +294,7 @@ def stopped(learner, rows):
     """One minibatch an epoch, so that the split over devices makes no difference, and a limit on the divergence."""
     cfg = dataclasses.replace(CFG, minibatches=1, epochs=8, target_kl=0.003)
     uneven = rows.replace(valid=rows.valid & ((jnp.arange(E) < 8) | (jnp.arange(T)[:, None] < 3)))
-    return cfg, uneven, probes.jit(partial(ppo.update, cfg=cfg))(KEY, learner, uneven)
+    return cfg, uneven, probes.jit(partial(ppo.update, cfg=cfg, space=SPACE))(KEY, learner, uneven)
 
 
 def test_divergence_ends_the_update(stopped):
@@ -306,7 +310,7 @@ def test_devices_together_do_what_one_device_does(learner, stopped):
     cfg, rows, (expected, expected_metrics) = stopped
     assert rows.valid[:, : E // 2].sum() != rows.valid[:, E // 2 :].sum()
     halves = jax.tree.map(lambda x: jnp.stack(jnp.split(x, 2, axis=1)), rows)
-    body = lambda half: ppo.update(KEY, learner, half, cfg=cfg, axis_name="devices")
+    body = lambda half: ppo.update(KEY, learner, half, cfg=cfg, space=SPACE, axis_name="devices")
     after, metrics = probes.jit(jax.vmap(body, axis_name="devices"))(halves)
     for device in range(2):
         on_one = jax.tree.map(lambda x, i=device: x[i], (after, metrics))
@@ -318,7 +322,7 @@ def test_devices_together_do_what_one_device_does(learner, stopped):
 def test_environments_must_divide_into_minibatches(learner, rows):
     cfg = dataclasses.replace(CFG, minibatches=5)
     with pytest.raises(ValueError, match="32 environments cannot be split into 5"):
-        jax.eval_shape(partial(ppo.update, cfg=cfg), KEY, learner, rows)
+        jax.eval_shape(partial(ppo.update, cfg=cfg, space=SPACE), KEY, learner, rows)
 
 
 # ---- problems with a known answer

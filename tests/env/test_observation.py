@@ -10,12 +10,13 @@ import tiny
 
 from esper_jax.env import observation
 from esper_jax.lifecycle import stages
-from esper_jax.types import BLUEPRINTS, NUM_STAGES, AlphaMode, Op, Signals, Stage
+from esper_jax.types import NUM_STAGES, AlphaMode, Op, Signals, Stage
 
 SLOTS = ("r0c0", "r0c1")
-ROWS = observation.rows(SLOTS)
+SPACE = tiny.CONFIG.action_space
+ROWS = observation.rows(SLOTS, SPACE)
 NAMES = [name for name, _, _ in ROWS]
-encode = jax.jit(observation.encode)
+encode = jax.jit(functools.partial(observation.encode, space=SPACE))
 
 
 def inputs(slots=None, *, last_op=Op.WAIT, last_success=True, epochs=20, **signals):
@@ -54,8 +55,9 @@ def check(given, expected):
 
 
 def test_the_table_is_the_vector():
-    assert len(NAMES) == len(set(NAMES)) == observation.size(2) == encode(inputs()).shape[0]
-    assert observation.size(3) - observation.size(2) == observation.size(2) - observation.size(1)
+    assert len(NAMES) == len(set(NAMES)) == observation.size(SPACE) == encode(inputs()).shape[0]
+    one, two, three = (observation.size(SPACE._replace(n_slots=n)) for n in (1, 2, 3))
+    assert three - two == two - one
     assert all(low < high for _, low, high in ROWS)
     assert encode(inputs()).dtype == jnp.float32
     # 14 global features of 4 + 3 * 5 + 6 + 6 elements, then 29 of each slot
@@ -103,7 +105,7 @@ def test_a_blending_seed():
     }  # fmt: skip
     check(inputs(slots), {f"r0c0.{name}": value for name, value in expected.items()} | {"slots_blending": 0.5})
     found = values(inputs(slots))
-    assert [k for k in range(len(BLUEPRINTS)) if found[f"r0c0.blueprint[{k}]"]] == [3]
+    assert [k for k in range(len(SPACE.offered)) if found[f"r0c0.blueprint[{k}]"]] == [SPACE.offered.index(3)]
     assert found["r0c1.occupied"] == 0
 
 

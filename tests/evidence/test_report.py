@@ -18,7 +18,7 @@ from esper_jax.evidence import figures, report, tables
 from esper_jax.evidence.statistics import crossed_interval, mean_interval, signed, verdict
 from esper_jax.evidence.tables import text_table
 from esper_jax.run.console import Console, round_note
-from esper_jax.types import Stage
+from esper_jax.types import BLUEPRINTS, Stage
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ARMS = ("never", "random", "eager", "policy")
@@ -56,6 +56,7 @@ def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2):
     committed = accuracy[:, :, -1]
     return {
         "arms/names": np.array(names), "arms/policy_seed": np.array([0, 0, 0, *range(policies)]),
+        "arms/blueprints": np.array(BLUEPRINTS),
         "arms/val_accuracy": accuracy,
         "arms/test_committed": committed, "arms/test_committed_loss": 2 - committed / 50,
         "arms/test_accuracy": committed + 50,  # of what was not kept, and counts for nothing

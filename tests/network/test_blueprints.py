@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from esper_jax import types
 from esper_jax.network import blend, blueprints, layers, seed_bank
 from esper_jax.network.blueprints import Blueprint
 
@@ -100,46 +100,60 @@ def test_every_tensor_learns(name, mode):
     np.testing.assert_array_equal(grads.params[used:], 0)
 
 
-# --- registering -----------------------------------------------------------------------------------------------------
+# --- modules of one's own --------------------------------------------------------------------------------------------
 
-SCALE = Blueprint(lambda c: {"scale": blueprints.constant((c,), 1.0)}, lambda p, x: x * p["scale"][:, None, None, None])
-
-
-@pytest.fixture
-def registry():
-    """Takes back what a test registers."""
-    names, table, size = list(types.BLUEPRINTS), dict(blueprints.CNN), types.HEAD_SIZES["blueprint"]
-    yield
-    types.BLUEPRINTS[:] = names
-    blueprints.CNN.clear()
-    blueprints.CNN.update(table)
-    types.HEAD_SIZES["blueprint"] = size
+SCALE = Blueprint(
+    "scale", lambda c: {"scale": blueprints.constant((c,), 1.0)}, lambda p, x: x * p["scale"][:, None, None, None]
+)
 
 
-def test_register(registry):
-    blueprints.register("scale", SCALE)
-    assert types.BLUEPRINTS.index("scale") == 13 and types.HEAD_SIZES["blueprint"] == 14
-    assert blueprints.CNN["scale"].param_count(8) == 8
-    kinds = seed_bank.table(("norm", "scale"))
-    assert int(seed_bank.kind_of(jnp.int32(13), ("norm", "scale"))) == 2
+class Mixer(nn.Module):
+    """x + W2 relu(W1 LN(x)): two dense layers with their own initialisers and nested parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        return x + nn.Dense(width)(nn.relu(nn.Dense(2 * width)(nn.LayerNorm()(x))))
+
+
+MIXER = Blueprint.from_functions(
+    "mixer", lambda key, width: Mixer().init(key, jnp.zeros((1, 8, 8, width))), Mixer().apply
+)
+
+
+def test_a_module_of_ones_own_in_a_slot():
+    kinds = seed_bank.table(("norm", SCALE))
+    assert SCALE.param_count(8) == 8 and int(seed_bank.kind_of(jnp.int32(13), ("norm", SCALE))) == 2
     # a slot with an ordinary module and the new one: 1.0 * x is the identity, 2.0 * x is not
     h = features(5, 8, 2, 2, 3)[None]
     vector = jnp.full(seed_bank.packed_size(kinds, 8), 2.0)
-    seed = blend.SeedVars(vector, jnp.zeros(blend.gate_size(8)), 8, ("norm", "scale"))
+    seed = blend.SeedVars(vector, jnp.zeros(blend.gate_size(8)), 8, ("norm", SCALE))
     control = blend.Controls(jnp.int32(2), jnp.int32(blend.ADD), jnp.float32(1), jnp.array(False))
     np.testing.assert_array_equal(blend.apply_slot(control, seed, h), 2 * h)
 
 
-def test_register_refuses(registry):
-    with pytest.raises(ValueError, match="'norm' exists already"):
-        blueprints.register("norm", SCALE)
-    half = SCALE._replace(forward=lambda p, x: x[:, ::2])
-    with pytest.raises(ValueError, match=r"\(8, 6, 4, 2\) into \(8, 3, 4, 2\): must keep"):
-        blueprints.register("half", half)
-    narrow = SCALE._replace(forward=lambda p, x: x.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match="must keep shape and dtype"):
-        blueprints.register("narrow", narrow)
-    assert "half" not in types.BLUEPRINTS and "half" not in blueprints.CNN
+def test_a_flax_module_is_a_blueprint():
+    """LN 2C, dense C 2C + 2C and 2C C + C: 4 C^2 + 5 C parameters, drawn by flax, the same outputs and gradients."""
+    assert MIXER.param_count(8) == 4 * 64 + 5 * 8
+    key, x = jax.random.key(3), features(6, 3, 4, 4, 8)
+    params = Mixer().init(key, x)
+    kinds = seed_bank.table(("norm", MIXER))
+    drawn = seed_bank.germinate(key, kinds, 8, jnp.int32(2))
+    np.testing.assert_array_equal(drawn, jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)]))
+
+    @jax.jit
+    def both(vector, params):
+        ours, pull = jax.vjp(lambda vector: MIXER.apply(seed_bank.unpack(MIXER, 8, vector), x), vector)
+        theirs, pull_theirs = jax.vjp(lambda params: Mixer().apply(params, x), params)
+        flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(pull_theirs(2 * theirs))])
+        return (ours, pull(2 * ours)[0]), (theirs, flat)
+
+    ours, theirs = both(drawn, params)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+    # the other kinds of the slot are drawn as they were without it: one tanh and a GroupNorm, then zeros
+    norm = seed_bank.germinate(key, kinds, 8, jnp.int32(1))
+    np.testing.assert_array_equal(norm, [0, *[1] * 8, *[0] * (len(norm) - 9)])
 
 
 def test_group_norm_of_single_pixels_is_finite():

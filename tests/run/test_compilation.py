@@ -80,15 +80,15 @@ SECOND_START = textwrap.dedent("""
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
     scale = float(sys.argv[2])
-    blueprints.register("mine", blueprints.Blueprint(lambda c: {}, lambda p, x: scale * x))
+    mine = blueprints.Blueprint("mine", lambda c: {}, lambda p, x: scale * x)
     x = jnp.ones((2, 2, 2, 1))
-    out = jax.jit(lambda x: blueprints.CNN["mine"].apply({}, x))(x)
+    out = jax.jit(lambda x: mine.apply({}, x))(x)
     print(float(out[0, 0, 0, 0]), sum(hits) > 0)
 """)
 
 
 def test_a_second_start_finds_its_programs_and_no_stale_one(tmp_path):
-    """A blueprint that is registered under the same name with another forward pass is another program."""
+    """A blueprint of the same name with another forward pass is another program."""
 
     def start(scale):
         command = [sys.executable, "-W", "error", "-c", SECOND_START, str(tmp_path), scale]
