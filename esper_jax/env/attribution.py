@@ -94,11 +94,6 @@ def leave_one_out(values: Array) -> Array:
     return values[everything] - values[everything ^ 2 ** np.arange(n_slots)]
 
 
-def only_one(values: Array) -> Array:
-    """Accuracy with a slot alone on, f32[2^S] -> f32[S]."""
-    return values[2 ** np.arange(_n_slots(values))]
-
-
 def committed(values: Array, fossil: Array) -> Array:
     """Accuracy with everything off that is not fossilised, f32[2^S] and bool[S] -> f32[]."""
     return values[jnp.sum(jnp.where(fossil, 2 ** np.arange(_n_slots(values)), 0))]

@@ -125,12 +125,7 @@ def fired(
     detectors: Mapping[str, Detector] = DETECTORS,
 ) -> dict[str, Array]:
     """What every detector says about one loss on its own, bool[] by name: to compare detectors on the same trace."""
-    return _fired(statistics(state, cfg), loss, cfg, random_guess_loss, detectors)
-
-
-def _fired(
-    stats: Statistics, loss: Array, cfg: GovernorConfig, random_guess_loss: Array, detectors
-) -> dict[str, Array]:
+    stats = statistics(state, cfg)
     return {name: detector(stats, loss, cfg, random_guess_loss) for name, detector in detectors.items()}
 
 
@@ -150,7 +145,7 @@ def check(
     """
     loss = jnp.asarray(loss, jnp.float32)
     stats = statistics(state, cfg)
-    alarms = _fired(stats, loss, cfg, random_guess_loss, detectors)
+    alarms = fired(state, loss, cfg=cfg, random_guess_loss=random_guess_loss, detectors=detectors)
     reason = jnp.where(
         alarms["non_finite"],
         PanicReason.NON_FINITE,

@@ -27,7 +27,6 @@ def test_two_slots_by_hand():
     np.testing.assert_allclose(A.shapley(values), [2.5, 1.5])
     np.testing.assert_allclose(A.interactions(values), [[0, 1], [1, 0]])
     np.testing.assert_allclose(A.leave_one_out(values), [3, 2])
-    np.testing.assert_allclose(A.only_one(values), [72, 71])
     assert A.committed(values, jnp.array([False, True])) == 71
     assert A.committed(values, jnp.array([False, False])) == 70
 
