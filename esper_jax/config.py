@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -60,10 +60,10 @@ def _require(condition: bool, where: object, name: str, allowed: str) -> None:
         raise ValueError(f"{type(where).__name__}.{name} = {value!r}: must be {allowed}")
 
 
-_hints = functools.cache(get_type_hints)
+_hints: Callable[[type], dict[str, Any]] = functools.cache(get_type_hints)
 
 
-def _check(where: object) -> None:
+def _check(where: Any) -> None:
     """Type, finiteness and bounds of every field of a configuration; whole numbers in a field of floats become floats.
 
     Raises ValueError naming class, field, value and what is allowed. Whatever concerns two fields is the class's own.
@@ -71,7 +71,7 @@ def _check(where: object) -> None:
     for field_ in dataclasses.fields(where):
         annotation, value = _hints(type(where))[field_.name], getattr(where, field_.name)
         allowed = _fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("or"))
-        _require(allowed is None, where, field_.name, allowed)
+        _require(allowed is None, where, field_.name, allowed or "")
         if annotation == tuple[float, ...]:
             object.__setattr__(where, field_.name, tuple(map(float, value)))
         elif float in _kinds(annotation) and value is not None:
@@ -474,7 +474,7 @@ def _from_dict(cls: type, tree: object, path: str) -> Any:
 
 
 def _value(annotation: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _from_dict(annotation, value, path)
     origin = get_origin(annotation)
     if origin is tuple:

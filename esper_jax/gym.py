@@ -38,9 +38,8 @@ class Discrete(NamedTuple):
     """The numbers 0 to n - 1."""
 
     n: int
-
-    shape = ()
-    dtype = jnp.int32
+    shape: tuple[int, ...] = ()
+    dtype: Any = jnp.int32
 
     def sample(self, key: Array) -> Array:
         return jax.random.randint(key, self.shape, 0, self.n, self.dtype)
@@ -55,8 +54,7 @@ class Box(NamedTuple):
     low: float
     high: float
     shape: tuple[int, ...]
-
-    dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     def sample(self, key: Array) -> Array:
         """Uniform; standard normal where there are no bounds."""

@@ -1,19 +1,51 @@
-"""Four CPU devices for every test, before anything touches a device."""
+"""Four CPU devices for every test, before anything touches a device; two processes share the tests.
+
+Most of the time goes into compiling. So whatever compiles the same programs runs in the same process, the longest files
+come first, and programs are kept in `.pytest_cache` for the next time.
+"""
+
+import os
 
 import jax
 import pytest
 
+from esper_jax.run import compilation
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
-# What these test is rounding's business no more than other tests', and they compile a lot.
-UNOPTIMISED = ("test_model", "test_network_parity")
+# Compiling takes a third of the time without fusion emitters and most optimisations. jax 0.12 has no other way.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+jax.config.update("jax_disable_most_optimizations", True)
+TOGETHER = {  # files that share compiled programs
+    **dict.fromkeys(("test_report", "test_records", "test_checkpoint", "test_compilation", "test_cifar"), "run"),
+    **dict.fromkeys(("test_environment", "test_observation"), "environment"),
+}
+LONG = ("test_frozen", "run", "test_train", "environment", "test_ppo", "test_model", "test_throughput")
 
 
-@pytest.fixture(autouse=True)
-def optimisation(request):
-    """Compiles the tests of some files without most optimisations, in three quarters of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", before or request.module.__name__ in UNOPTIMISED)
+def pytest_configure(config):
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+
+
+def pytest_collection_modifyitems(items):
+    """A group for each file, or for files that belong together."""
+
+    def group(item):
+        return TOGETHER.get(item.module.__name__, item.module.__name__)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory():
+    """Gives back what the compiler freed: a gigabyte after a large program."""
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    compilation.return_memory()

@@ -9,9 +9,11 @@ meet within 0.1 %. After an intended change: `python -m tests.test_frozen --rene
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import numpy as np
@@ -35,18 +37,33 @@ def combination() -> str:
     return f"jax {jax.__version__} {jax.default_backend()} {vector}, {os.cpu_count()} cores"
 
 
+def use_the_same_devices() -> None:
+    """As in conftest.py."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+
+
 @functools.cache
 def measured():
-    """Metrics of the rounds of the `smoke` preset on digits, and its comparison, on one device."""
+    """What `run` returns, from a process that compiles as a user's does: the flags of the tests are not inherited."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=use_the_same_devices) as pool:
+            return pool.submit(run).result()
+
+
+def run():
+    """Metrics of the rounds of the `smoke` preset on digits, and its comparison, on one device; arrays of NumPy."""
     cfg = presets.get("smoke", "digits").replace(devices=1)
     train = make_train(cfg)
     key = jax.random.key(cfg.seed)
-    run = train.init(key)
+    state = train.init(key)
     rounds = []
     for _ in range(cfg.rounds):
-        run, metrics = train.update(key, run)
+        state, metrics = train.update(key, state)
         rounds.append(metrics)
-    return rounds, train.compare(key, run, train.controllers)
+    return jax.device_get((rounds, train.compare(key, state, train.controllers)))
 
 
 @functools.cache
@@ -92,8 +109,7 @@ def test_the_paired_return_ranks_controllers_by_their_gain():
 
 
 if __name__ == "__main__" and "--renew" in sys.argv:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 4)  # as in conftest.py
+    use_the_same_devices()
     table = json.loads(PINNED.read_text())
     table["digest"][combination()] = digest()
     table["digest"] = dict(sorted(table["digest"].items()))

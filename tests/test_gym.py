@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import tiny_run
 
 import esper_jax
 from esper_jax.enums import Op, Stage
@@ -35,11 +34,10 @@ def episode():
         obs, state, reward, done, info = env().step(key, state, action, env().default_params)
         return (obs, state), (obs, state, action, before, reward, done, info)
 
-    with tiny_run.unoptimised():
-        start = jax.jit(env().reset)(jax.random.key(0), env().default_params)
-        return start, jax.jit(lambda s, k: jax.lax.scan(step, s, k))(
-            start, jax.random.split(jax.random.key(1), 2 * T + 1)
-        )[1]
+    start = jax.jit(env().reset)(jax.random.key(0), env().default_params)
+    return start, jax.jit(lambda s, k: jax.lax.scan(step, s, k))(start, jax.random.split(jax.random.key(1), 2 * T + 1))[
+        1
+    ]
 
 
 def test_signature_and_spaces():
@@ -94,7 +92,6 @@ def test_names():
 
 def test_the_example_learns_from_it():
     """Two updates: finite numbers, and a policy that changed what is played."""
-    with tiny_run.unoptimised():
-        said = jax.jit(gymnax_ppo.make_train(env(), envs=2, updates=2, passes=1))(jax.random.key(0))
+    said = jax.jit(gymnax_ppo.make_train(env(), envs=2, updates=2, passes=1))(jax.random.key(0))
     assert said["return"].shape == said["accuracy"].shape == (2,)
     assert np.isfinite(said["return"]).all() and (0 <= said["accuracy"]).all() and (said["accuracy"] <= 100).all()

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +44,7 @@ def lives(cfg):
         )
         return end, (slots, legal, permitted, outcome, after, ticked, end)
 
-    return tiny.compiled(lambda entries: jax.lax.scan(epoch, stages.empty(SLOTS), entries)[1])
+    return jax.jit(lambda entries: jax.lax.scan(epoch, stages.empty(SLOTS), entries)[1])
 
 
 def entries(seed, grows):

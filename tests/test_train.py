@@ -27,14 +27,6 @@ CFG = tiny.CONFIG.replace(
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unoptimised():
-    """Programs are compiled without optimisation, in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 RULES = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
 
 

@@ -1,6 +1,6 @@
 """The smallest environment that does everything: two slots, two blueprints, 8x8 images of three classes.
 
-One compiled step serves all tests that need an environment; it is compiled without optimisation, in half the time.
+One compiled step serves all tests that need an environment.
 """
 
 import functools
@@ -16,8 +16,6 @@ from esper_jax.control import baselines
 from esper_jax.data import Dataset, Split
 from esper_jax.env.environment import make_env
 from esper_jax.types import Action, Op
-
-UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 CONFIG = Config(
     host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2),
@@ -47,10 +45,6 @@ def dataset(train: int = 64, others: int = 48) -> Dataset:
     )  # fmt: skip
 
 
-def compiled(fun, **options):
-    return jax.jit(fun, compiler_options=UNOPTIMISED, **options)
-
-
 @functools.cache
 def env():
     return make_env(CONFIG, dataset())
@@ -59,17 +53,17 @@ def env():
 @functools.cache
 def step():
     """The compiled `env.step`; a second trace is an error."""
-    return compiled(chex.assert_max_traces(env().step, n=1))
+    return jax.jit(chex.assert_max_traces(env().step, n=1))
 
 
 @functools.cache
 def init():
-    return compiled(env().init)
+    return jax.jit(env().init)
 
 
 @functools.cache
 def observe():
-    return compiled(env().observe)
+    return jax.jit(env().observe)
 
 
 @functools.cache
@@ -81,7 +75,7 @@ def _random():
         obs = obs.replace(masks=obs.masks.replace(op=op))
         return baselines.random().act(jax.random.fold_in(key, t), (), obs)[1]
 
-    return compiled(act)
+    return jax.jit(act)
 
 
 class Step(NamedTuple):

@@ -1,7 +1,4 @@
-"""The smallest run that does everything: two rounds and a comparison of the environment in `tiny`, compiled once.
-
-Compiled without optimisation, which takes a fraction of the time.
-"""
+"""The smallest run that does everything: two rounds and a comparison of the environment in `tiny`, compiled once."""
 
 import contextlib
 import functools
@@ -26,16 +23,6 @@ CONFIG = tiny.CONFIG.replace(
 )
 ARMS = ("never", "eager", "random", "policy", "policy_greedy")
 ROWS = ("never", "eager", "random", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
-
-
-@contextlib.contextmanager
-def unoptimised():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache
@@ -78,17 +65,16 @@ def compilations():
 
 @functools.cache
 def result() -> Result:
-    with unoptimised():
-        with compilations() as ahead:
-            ready = threading.Semaphore(0)
-            compiled = compilation.compile_ahead(train(), CONFIG, KEY(), lambda name, seconds: ready.release())
-            for _ in ("keys", "rollout", "learn", "report", "pay"):
-                assert ready.acquire(timeout=600)
-            states, rounds = [compiled.init(KEY())], []  # as the main job does, before the first round
-        with compilations() as later:
-            for _ in range(CONFIG.rounds):
-                state, metrics = compiled.update(KEY(), states[-1])
-                states.append(state)
-                rounds.append(records.round_arrays(metrics))
-            arms = compiled.compare(KEY(), states[-1], ARMS)
+    with compilations() as ahead:
+        ready = threading.Semaphore(0)
+        compiled = compilation.compile_ahead(train(), CONFIG, KEY(), lambda name, seconds: ready.release())
+        for _ in ("keys", "rollout", "learn", "report", "pay"):
+            assert ready.acquire(timeout=600)
+        states, rounds = [compiled.init(KEY())], []  # as the main job does, before the first round
+    with compilations() as later:
+        for _ in range(CONFIG.rounds):
+            state, metrics = compiled.update(KEY(), states[-1])
+            states.append(state)
+            rounds.append(records.round_arrays(metrics))
+        arms = compiled.compare(KEY(), states[-1], ARMS)
     return Result(states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog), ahead, later, compiled)

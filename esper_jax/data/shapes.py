@@ -140,10 +140,10 @@ def load(size: int = SIZE) -> Arrays:
         for start in range(0, per_class, CHUNK):
             count = min(CHUNK, per_class - start)
             images[start : start + count, kind] = _draw(rng, kind, count, hard)
-    images = images.reshape(-1, SIZE, SIZE, 3)
+    pictures = images.reshape(-1, SIZE, SIZE, 3)
     labels = np.tile(np.arange(len(CLASSES)), per_class)
-    digest = hashlib.md5(images, usedforsecurity=False).hexdigest()
+    digest = hashlib.md5(pictures.data, usedforsecurity=False).hexdigest()
     return Arrays(
-        images[:TRAIN], labels[:TRAIN], images[TRAIN:], labels[TRAIN:],
+        pictures[:TRAIN], labels[:TRAIN], pictures[TRAIN:], labels[TRAIN:],
         classes=CLASSES, identity=f"md5:{digest}", source="generated",
     )  # fmt: skip

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +119,7 @@ def learning(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
     panels[2].set_ylim(0, 1.05)
     for axes in panels:
         axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
         _plain_axes(axes)
     figure.suptitle(f"Training on {data}: {policies} x {envs} environments per round (policies x environments)")
     return figure, (
@@ -223,9 +224,9 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
         axes.set_title(f"{name}: test accuracy of what was kept {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
     panels[-1].set_xlabel("epoch of the host's training")
     panels[-1].set_xlim(0.5, epochs + 0.5)
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    handles = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
-    handles.append(Line2D([], [], color="red", linestyle=":", label="rollback"))
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    handles: list[Patch | Line2D] = [Line2D([], [], color="red", linestyle=":", label="rollback")]
+    handles[:0] = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(f"Seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)")
     return figure, (
@@ -270,7 +271,7 @@ def _style(names: list[str], name: str) -> dict:
     return {"color": COLOURS[others.index(name) % len(COLOURS)]}
 
 
-def _band(axes: Axes, x: np.ndarray, samples: np.ndarray, style: dict) -> np.ndarray:
+def _band(axes: Axes, x: np.ndarray, samples: np.ndarray, style: dict) -> Any:
     """Mean over the first axis, with its interval as a band. Returns the mean."""
     interval = mean_interval(samples)
     (line,) = axes.plot(x, interval.mean, **style)
@@ -292,6 +293,6 @@ def _label_ends(axes: Axes, last: int, ends: dict[str, float], names: list[str])
             name, (last, ends[name]), (last * 1.05, height + shift), color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
     axes.set_xlim(1, last * 1.25)

@@ -7,11 +7,10 @@ of them in every environment: then the interval is over both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
-from scipy.stats import rankdata
 
 CONFIDENCE = 0.95
 METHOD = "±: 95 % Student t intervals over environments and policies; differences are paired by environment"
@@ -42,8 +41,8 @@ def mean_interval(samples: np.ndarray, axis: int = 0) -> Interval:
     mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
     squares = np.where(measured, (samples - np.expand_dims(mean, axis)) ** 2, 0).sum(axis)
     half = np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)) * _quantile(n), np.nan)
-    fields = (mean, mean - half, mean + half, n)
-    return Interval(*(field.item() if np.ndim(field) == 0 else field for field in map(np.asarray, fields)))
+    fields: list[Any] = [np.asarray(field) for field in (mean, mean - half, mean + half, n)]
+    return Interval(*(field.item() if field.ndim == 0 else field for field in fields))
 
 
 def _quantile(n: np.ndarray) -> np.ndarray:
@@ -151,6 +150,8 @@ def signed(value: float, digits: int = 2) -> str:
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's (1904) correlation of the ranks of two f[N], equals sharing their mean rank; NaN if one is flat."""
+    from scipy.stats import rankdata  # a second to import, and a run does not need it
+
     x, y = (rankdata(samples) - (len(samples) + 1) / 2 for samples in (x, y))
     spread = np.sqrt((x**2).sum() * (y**2).sum())
     return float((x * y).sum() / spread) if spread > 0 else float("nan")

@@ -154,7 +154,7 @@ def compile_ahead(
 
     def program(name: str) -> Callable:
         compiled = lowered.pop(name).result().compile()
-        _return_memory()
+        return_memory()
         done(name, time.perf_counter() - started)
         return compiled
 
@@ -168,7 +168,7 @@ def compile_ahead(
     return bind(cfg, train.dataset, train.controllers, train.programs._replace(**compiled))
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Gives back to the system what the compiler freed, a gigabyte after a rollout; glibc would keep it for the run."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

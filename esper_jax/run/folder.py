@@ -12,7 +12,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # not a Unix: nothing keeps two processes apart
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = "lock"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -166,6 +168,7 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
     start = int(run.round)
     log = records.RoundLog(folder / "rounds", start)
+    threading.Thread(target=_import_early, daemon=True).start()
     with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             run, metrics = job.train.update(job.key, run)
@@ -175,6 +178,13 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
             if every and ((number + 1) % every == 0 or number + 1 == rounds):
                 checkpoint.save(folder, number + 1, run, job.meta)
     return run, log.stacked()
+
+
+def _import_early() -> None:
+    """What takes seconds to import and is not needed before the first round is over, while that is computed."""
+    with contextlib.suppress(Exception):  # who needs it will say what is wrong
+        checkpoint.library()
+        importlib.import_module("esper_jax.evidence.figures")
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:

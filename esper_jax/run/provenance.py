@@ -123,7 +123,7 @@ def git(package: Path) -> dict[str, Any] | None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def ask(*arguments: str) -> str | None:
-        command = ["git", "-C", package, *arguments]
+        command = ["git", "-C", str(package), *arguments]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment)
         except (OSError, subprocess.TimeoutExpired):
@@ -133,4 +133,6 @@ def git(package: Path) -> dict[str, Any] | None:
     if ask("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = ask("rev-parse", "HEAD")
-    return commit and {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    if not commit:
+        return None
+    return {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}

@@ -77,7 +77,9 @@ def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
 
 def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[str, np.ndarray]:
     """The comparison's arrays with a leading A, in the order of `arms/names`; `blueprints` are names by number."""
-    per_arm, names, policies = [], [], []
+    per_arm: list[dict[str, np.ndarray]] = []
+    names: list[str] = []
+    policies: list[int] = []
     for name, result in arms.items():
         test = jax.device_get(result.test)
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
@@ -98,7 +100,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz that is either complete or absent; equal arrays give equal bytes."""
     work = path.with_name(path.name + ".tmp")
     with open(work, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
     work.replace(path)

@@ -157,14 +157,12 @@ class Result(NamedTuple):
     last: ppo.Trajectory  # of the last policy
 
 
-# Compilation costs these tests more than running: LLVM's optimisations are left out.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-init = jit(partial(ppo.init_learner, cfg=CFG, space=SPACE, n_features=N_FEATURES))
-play = jit(rollout)
-count_illegal = jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
+init = jax.jit(partial(ppo.init_learner, cfg=CFG, space=SPACE, n_features=N_FEATURES))
+play = jax.jit(rollout)
+count_illegal = jax.jit(lambda rows: jnp.sum(~jax.vmap(jax.vmap(is_legal))(rows.masks, rows.action)))
 
 
-@jit
+@jax.jit
 @chex.assert_max_traces(n=1)
 def update(key: Array, learner: ppo.LearnerState, rows: ppo.Trajectory):
     """The learner's update under CFG: compiled once for whatever is done with it."""

@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import probes
 import pytest
 
 from esper_jax.control import policy
@@ -26,11 +25,11 @@ from esper_jax.types import (
 D, S, H, T = 7, 3, 8, 6
 SPACE = ActionSpace(S)
 BY_SLOT = [head for head in HEADS if head not in ("op", "slot")]  # whose logits depend on the slot
-init = probes.jit(lambda key: policy.init(key, SPACE, D, H))
-step = probes.jit(partial(policy.step, SPACE))
-unroll = probes.jit(partial(policy.unroll, SPACE))
-entropy_and_grad = probes.jit(jax.value_and_grad(policy.masked_entropy))
-evaluate = probes.jit(policy.evaluate)
+init = jax.jit(lambda key: policy.init(key, SPACE, D, H))
+step = jax.jit(partial(policy.step, SPACE))
+unroll = jax.jit(partial(policy.unroll, SPACE))
+entropy_and_grad = jax.jit(jax.value_and_grad(policy.masked_entropy))
+evaluate = jax.jit(policy.evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +111,10 @@ def test_the_first_policy_is_uniform_but_for_its_biases():
 
     Outputs of gain .01 move a logit by some hundredths, whatever is seen."""
     op_bias, full = (1.0, 0.0, 0.5, -3.0, 3.0, 2.0), 2.0
-    biased = probes.jit(lambda key: policy.init(key, SPACE, D, H, op_bias, full))(jax.random.key(3))
+    biased = jax.jit(lambda key: policy.init(key, SPACE, D, H, op_bias, full))(jax.random.key(3))
     x = jnp.asarray(np.random.default_rng(4).normal(size=(5, D)), jnp.float32)
     once = lambda params, x: policy.step(SPACE, params, policy.initial_carry(H), x)[1].logits
-    see = probes.jit(jax.vmap(once, (None, 0)))
+    see = jax.jit(jax.vmap(once, (None, 0)))
     flat = {
         head: np.zeros((S, HEAD_SIZES[head]) if head in BY_SLOT else (HEAD_SIZES | {"slot": S})[head]) for head in HEADS
     }
@@ -204,7 +203,7 @@ def draws():
         slot_by_op=by_op, blueprint=jnp.arange(13) % 3 == 1, tempo=jnp.array([True, False, True])
     )
     keys = jax.random.split(jax.random.key(6), 4096)
-    actions, log_probs = probes.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
+    actions, log_probs = jax.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
     return jax.tree.map(np.asarray, (logits, masks, actions, log_probs))
 
 
@@ -241,7 +240,7 @@ def test_draws_follow_the_probabilities(draws):
 
 def test_log_prob_is_the_sum_over_relevant_heads(draws):
     logits, masks, actions, log_probs = draws
-    got = probes.jit(jax.vmap(policy.evaluate, in_axes=(None, None, 0)))(logits, masks, actions)
+    got = jax.jit(jax.vmap(policy.evaluate, in_axes=(None, None, 0)))(logits, masks, actions)
     entropy, got = np.asarray(got.entropy), jax.tree.map(np.asarray, got)
     np.testing.assert_allclose(got.log_prob, log_probs, rtol=1e-6)
     for op in Op:
@@ -276,7 +275,7 @@ def test_what_is_good_in_one_slot_need_not_be_in_another():
         action, log_prob = policy.sample(jax.random.key(0), logits, masks, deterministic=True)
         return action, log_prob, policy.evaluate(logits, masks, action).log_prob
 
-    play = probes.jit(jax.vmap(jax.vmap(both, (0, None, None)), (None, 0, None)))
+    play = jax.jit(jax.vmap(jax.vmap(both, (0, None, None)), (None, 0, None)))
     slots, ops = jnp.arange(S), jnp.array([Op.GERMINATE, Op.SET_ALPHA_TARGET])
     action, log_prob, evaluated = play(slots, ops, logits)
     np.testing.assert_array_equal(action.slot, np.tile(slots, (2, 1)))
@@ -295,19 +294,19 @@ def test_whether_to_draw_may_be_traced():
     """One program for both; True is the choice and False the draw of the static argument."""
     logits, masks = random_logits(np.random.default_rng(12)), all_legal()
     traced = chex.assert_max_traces(lambda key, d: policy.sample(key, logits, masks, deterministic=d), n=1)
-    program = probes.jit(jax.vmap(traced, (0, None)))
+    program = jax.jit(jax.vmap(traced, (0, None)))
     keys = jax.random.split(jax.random.key(2), 16)
     drawn, chosen = (program(keys, jnp.bool_(d)) for d in (False, True))
-    expected = probes.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
+    expected = jax.jit(jax.vmap(lambda key: policy.sample(key, logits, masks)))(keys)
     chex.assert_trees_all_equal(drawn, expected)
-    expected = probes.jit(lambda key: policy.sample(key, logits, masks, deterministic=True))(keys[0])
+    expected = jax.jit(lambda key: policy.sample(key, logits, masks, deterministic=True))(keys[0])
     chex.assert_trees_all_equal(chosen, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (16,)), expected))
     assert len(set(drawn[0].op.tolist())) > 1
 
 
 def test_deterministic_takes_the_first_of_the_likeliest_legal_choices():
     logits = {head: jnp.zeros_like(x) for head, x in random_logits(np.random.default_rng(0)).items()}
-    choose = probes.jit(partial(policy.sample, deterministic=True))
+    choose = jax.jit(partial(policy.sample, deterministic=True))
     logits["op"] = jnp.array([0.0, 2.0, 1.0, 3.0, 0.0, 2.0])  # PRUNE is likeliest, but illegal
     masks = all_legal().replace(op=jnp.array([1, 1, 1, 0, 1, 1], bool), blueprint=jnp.arange(13) >= 4)
     for seed in range(3):
@@ -324,7 +323,7 @@ def test_a_row_without_any_legal_choice_stays_finite():
         out = policy.evaluate(logits, masks, action)
         return out.log_prob + out.entropy
 
-    value, grads = probes.jit(jax.value_and_grad(total))(logits)
+    value, grads = jax.jit(jax.value_and_grad(total))(logits)
     chex.assert_tree_all_finite((value, grads))
 
 
@@ -343,7 +342,7 @@ def test_controller(params):
         action, log_prob = policy.sample(key, out.logits, all_legal())
         return carry, action, Extras(log_prob, out.value)
 
-    actual, expected = (probes.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
+    actual, expected = (jax.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
     chex.assert_tree_shape_prefix(actual, (4,))
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(actual[1]))

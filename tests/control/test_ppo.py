@@ -16,10 +16,10 @@ from esper_jax.types import HEADS, Op
 CFG, SPACE = probes.CFG, probes.SPACE
 T, E = probes.STEPS, probes.N_ENVS
 KEY = jax.random.key(0)
-gae = probes.jit(ppo.gae)
-normalise = probes.jit(ppo.normalise_advantages)
-make_batch = probes.jit(partial(ppo.make_batch, cfg=CFG))
-loss_and_grad = probes.jit(
+gae = jax.jit(ppo.gae)
+normalise = jax.jit(ppo.normalise_advantages)
+make_batch = jax.jit(partial(ppo.make_batch, cfg=CFG))
+loss_and_grad = jax.jit(
     lambda params, batch, coef: jax.value_and_grad(ppo.loss, has_aux=True)(
         params, batch, cfg=CFG, space=SPACE, entropy_coef=coef
     )
@@ -89,7 +89,7 @@ def test_returns_with_lambda_one_are_discounted_sums():
 
 def test_discounted_sums_worked_example():
     # gamma .5, r = (1, 2, 3, 4), a terminal at row 1: 1; .5 + 2 = 2.5; then anew 3; 1.5 + 4 = 5.5.
-    sums = probes.jit(ppo.discounted_sums)
+    sums = jax.jit(ppo.discounted_sums)
     terminals = jnp.array([False, True, False, False])
     r = jnp.array([1.0, 2, 3, 4])
     np.testing.assert_array_equal(sums(r, terminals, gamma=0.5), [1, 2.5, 3, 5.5])
@@ -109,7 +109,7 @@ def test_normalised_advantages():
 
 
 def test_explained_variance(rows):
-    got = probes.jit(lambda rows: ppo.explained_variance(ppo.make_batch(rows, cfg=CFG), cfg=CFG))
+    got = jax.jit(lambda rows: ppo.explained_variance(ppo.make_batch(rows, cfg=CFG), cfg=CFG))
     terminal = rows.replace(terminal=jnp.ones_like(rows.terminal))  # returns are the rewards
     np.testing.assert_allclose(got(terminal.replace(value=rows.reward)), 1.0, atol=1e-6)
     np.testing.assert_allclose(got(terminal.replace(value=jnp.ones((T, E)))), 0.0, atol=1e-5)
@@ -138,7 +138,7 @@ def test_ratios_are_one_across_a_reset_inside_the_sequence(learner, rows):
     """Two episodes of T rows as one sequence of 2 T, the second begun by a reset."""
     second = probes.play(jax.random.key(7), learner.params, jnp.int32(0))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, second)
-    evaluate = probes.jit(
+    evaluate = jax.jit(
         lambda batch: ppo.loss(learner.params, batch, cfg=CFG, space=SPACE, entropy_coef=0.0)[1]["ratio_error"]
     )
     assert evaluate(make_batch(both)) < 1e-5
@@ -172,7 +172,7 @@ def test_rows_that_are_not_valid_have_no_influence(learner, rows):
         filler = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros((), x.dtype)
         return jnp.where(valid.reshape(T, E, *(1,) * (x.ndim - 2)), x, filler)
 
-    spoilt = probes.jit(lambda rows: jax.tree.map(spoil, rows))(rows).replace(reset=rows.reset, valid=valid)
+    spoilt = jax.jit(lambda rows: jax.tree.map(spoil, rows))(rows).replace(reset=rows.reset, valid=valid)
     both = [loss_and_grad(learner.params, make_batch(x), 0.03) for x in (rows.replace(valid=valid), spoilt)]
     chex.assert_tree_all_finite(both)
     chex.assert_trees_all_close(*both, rtol=1e-6)
@@ -235,7 +235,7 @@ def traced_update():
     """`ppo.update` with its hypers as an argument: one program for all of them; those of its `cfg` are others."""
     cfg = dataclasses.replace(CFG, **OTHER)
     fun = lambda learner, rows, hypers: ppo.update(KEY, learner, rows, cfg=cfg, space=SPACE, hypers=hypers)
-    return probes.jit(chex.assert_max_traces(fun, n=1))
+    return jax.jit(chex.assert_max_traces(fun, n=1))
 
 
 def test_traced_hypers_do_what_static_ones_do(learner, rows, traced_update):
@@ -294,7 +294,7 @@ def stopped(learner, rows):
     """One minibatch an epoch, so that the split over devices makes no difference, and a limit on the divergence."""
     cfg = dataclasses.replace(CFG, minibatches=1, epochs=8, target_kl=0.003)
     uneven = rows.replace(valid=rows.valid & ((jnp.arange(E) < 8) | (jnp.arange(T)[:, None] < 3)))
-    return cfg, uneven, probes.jit(partial(ppo.update, cfg=cfg, space=SPACE))(KEY, learner, uneven)
+    return cfg, uneven, jax.jit(partial(ppo.update, cfg=cfg, space=SPACE))(KEY, learner, uneven)
 
 
 def test_divergence_ends_the_update(stopped):
@@ -311,7 +311,7 @@ def test_devices_together_do_what_one_device_does(learner, stopped):
     assert rows.valid[:, : E // 2].sum() != rows.valid[:, E // 2 :].sum()
     halves = jax.tree.map(lambda x: jnp.stack(jnp.split(x, 2, axis=1)), rows)
     body = lambda half: ppo.update(KEY, learner, half, cfg=cfg, space=SPACE, axis_name="devices")
-    after, metrics = probes.jit(jax.vmap(body, axis_name="devices"))(halves)
+    after, metrics = jax.jit(jax.vmap(body, axis_name="devices"))(halves)
     for device in range(2):
         on_one = jax.tree.map(lambda x, i=device: x[i], (after, metrics))
         chex.assert_trees_all_close(on_one[0].params, expected.params, rtol=1e-3, atol=1e-4)

@@ -42,7 +42,7 @@ def column(steps, name):
 @functools.cache
 def _shaped_step():
     cfg = tiny.CONFIG.replace(**{"reward.mode": "shaped"})
-    return tiny.compiled(chex.assert_max_traces(make_env(cfg, tiny.dataset()).step, n=1))
+    return jax.jit(chex.assert_max_traces(make_env(cfg, tiny.dataset()).step, n=1))
 
 
 def shaped(steps):
@@ -131,7 +131,7 @@ def _validation_loss():
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean()
         return loss, 100 * (logits.argmax(-1) == split.labels).mean()
 
-    return tiny.compiled(measure)
+    return jax.jit(measure)
 
 
 KEPT = jnp.full(tiny.SLOTS, jnp.nan)

@@ -31,7 +31,7 @@ HALF = dataclasses.replace(FREE, compute_dtype="bfloat16")
 @functools.cache
 def batch(cfg):
     """The compiled batch step; it returns (model, momentum, gradients, metrics)."""
-    return tiny.compiled(lambda *args: host_training.train_batch(*args, cfg))
+    return jax.jit(lambda *args: host_training.train_batch(*args, cfg))
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def test_bfloat16_stays_close():
 @functools.cache
 def epoch(stride):
     cfg = dataclasses.replace(CLIPPED, telemetry_stride=stride)
-    return tiny.compiled(lambda *args: host_training.train_epoch(*args, lambda entry: entry, cfg))
+    return jax.jit(lambda *args: host_training.train_epoch(*args, lambda entry: entry, cfg))
 
 
 @pytest.mark.parametrize(("stride", "last"), [(2, 4), (3, 3)])

@@ -7,19 +7,25 @@ import tiny
 
 from esper_jax.config import HostConfig, LifecycleConfig
 from esper_jax.env.environment import make_env
+from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import BLUEPRINTS, Op, Stage
+
+# x + x W, a module of one's own
+LINEAR = Blueprint.from_functions(
+    "linear", lambda key, width: {"w": 0.1 * jax.random.normal(key, (width, width))}, lambda p, x: x + x @ p["w"]
+)
 
 
 def mapped():
     """A smaller environment, four of which run as two chunks of two: vmap inside, a loop outside."""
     cfg = tiny.CONFIG.replace(
         host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2, slots=("r0c0",)),
-        lifecycle=LifecycleConfig(blueprints=("norm",)),
+        lifecycle=LifecycleConfig(blueprints=(LINEAR,)),
     )
     env = make_env(cfg, tiny.dataset())
-    init = tiny.compiled(jax.vmap(env.init))
+    init = jax.jit(jax.vmap(env.init))
     step = lambda args: env.step(*args)
-    return init, tiny.compiled(lambda *args: jax.lax.map(step, args, batch_size=2))
+    return init, jax.jit(lambda *args: jax.lax.map(step, args, batch_size=2))
 
 
 def test_a_nan_in_one_environment_leaves_the_others_bitwise_alone():
@@ -32,7 +38,8 @@ def test_a_nan_in_one_environment_leaves_the_others_bitwise_alone():
     others = np.array([0, 2, 3])
 
     good = step(keys, init(keys), everyone())[0]
-    good = step(keys, good, everyone(Op.GERMINATE, 0, blueprint=BLUEPRINTS.index("norm")))[0]
+    good = step(keys, good, everyone(Op.GERMINATE, 0, blueprint=len(BLUEPRINTS)))[0]
+    assert good.slots.blueprint.tolist() == [[13]] * 4 and (np.abs(good.model.seeds[0].params).sum(1) > 0).all()
     host = good.model.host
     spoil = lambda tree: jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), tree)
     bad_host = host.replace(params=spoil(host.params), stats=spoil(host.stats))

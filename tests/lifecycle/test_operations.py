@@ -35,10 +35,10 @@ def play(actions, slots=None, **given):
 
 
 def test_the_heads_are_the_reference_s():
-    assert BLUEPRINTS == [
+    assert BLUEPRINTS == (
         "noop", "conv_light", "attention", "norm", "depthwise", "bottleneck", "conv_small", "conv_heavy",
         "lora", "lora_large", "mlp_small", "mlp", "flex_attention",
-    ]  # fmt: skip
+    )  # fmt: skip
     assert STYLES == ("linear_add", "linear_multiply", "sigmoid_add", "gated_gate")
     assert (TEMPO_EPOCHS, ALPHA_TARGETS, ALPHA_SPEED_EPOCHS) == ((3, 5, 8), (0.5, 0.7, 1.0), (0, 3, 5, 8))
     decoded = [R.request(Op.GERMINATE, style=style) for style in range(4)]

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import torch_layout as torch
-from tiny import compiled
 
 from esper_jax.config import HostConfig, TrainingConfig
 from esper_jax.env import evaluation, host_training
@@ -220,7 +219,7 @@ def _batch():
 
     cfg = TrainingConfig(batch_size=BATCH, clip_norm=CLIP, tile_pixels=0)
     run = lambda model, momentum, state, x, y: host_training.train_batch(model, momentum, state, x, y, cfg)
-    return *compiled(draw)(jax.random.key(0)), compiled(run), cfg
+    return *jax.jit(draw)(jax.random.key(0)), jax.jit(run), cfg
 
 
 def _one_batch(state, momentum=0.0):

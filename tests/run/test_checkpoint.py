@@ -169,8 +169,7 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
 
     run, done = checkpoint.restore(tmp_path, whole.states[0], META)
     log = records.RoundLog(tmp_path / "rounds", done)
-    with tiny_run.unoptimised():
-        run, metrics = tiny_run.train().update(tiny_run.KEY(), run)
+    run, metrics = tiny_run.train().update(tiny_run.KEY(), run)
     log.write(done, records.round_arrays(metrics))
     assert tiny.equal(run, whole.states[2])
     resumed = log.stacked()

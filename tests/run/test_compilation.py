@@ -20,8 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_programs_compiled_ahead_give_the_same_numbers():
     """Those of the same run whose programs are compiled when they are called."""
     first, key = tiny_run.result(), tiny_run.KEY()
-    with tiny_run.unoptimised():
-        state, metrics = tiny_run.train().update(key, tiny_run.train().init(key))
+    state, metrics = tiny_run.train().update(key, tiny_run.train().init(key))
     assert tiny.equal(state, first.states[1])
     assert tiny.equal(records.round_arrays(metrics), first.rounds[0])
 
@@ -36,8 +35,7 @@ def test_an_error_in_a_later_program_reaches_who_needs_it():
     whole, fake = tiny_run.train(), lambda: None
     fake.lower = lower
     whole = whole._replace(programs=whole.programs._replace(learn=fake))
-    with tiny_run.unoptimised():
-        compiled = compilation.compile_ahead(whole, tiny_run.CONFIG, tiny_run.KEY())
+    compiled = compilation.compile_ahead(whole, tiny_run.CONFIG, tiny_run.KEY())
     with pytest.raises(Broken):
         compiled.update(tiny_run.KEY(), tiny_run.result().states[0])
 
