@@ -11,16 +11,22 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from esper_jax.enums import BLUEPRINTS, CNN_BLUEPRINTS, catalog
 from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import ActionSpace, Op
 
+# Checkers of types see both; the command line and JSON know names alone.
+if TYPE_CHECKING:
+    _Modules = tuple[str | Blueprint, ...]
+else:
+    _Modules = tuple[str, ...]
 _MOST_INT = 2**31 - 1  # all that is computed is int32 and float32
 _MOST_FLOAT = (2 - 2**-23) * 2.0**127
 
@@ -70,7 +76,7 @@ def _check(where: Any) -> None:
     """
     for field_ in dataclasses.fields(where):
         annotation, value = _hints(type(where))[field_.name], getattr(where, field_.name)
-        allowed = _fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("or"))
+        allowed = _fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("alternative"))
         _require(allowed is None, where, field_.name, allowed or "")
         if annotation == tuple[float, ...]:
             object.__setattr__(where, field_.name, tuple(map(float, value)))
@@ -96,7 +102,8 @@ def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None
     entries = value if several else (value,)
     if not (isinstance(entries, tuple) and all(_is_a(other or kind, entry) or _is_a(kind, entry) for entry in entries)):
         limits = f", {bounds}" if str(bounds) else ""
-        return f"a tuple of {kind.__name__}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
+        kinds = kind.__name__ + (f" or {other.__name__}" if other else "")
+        return f"a tuple of {kinds}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
     if kind not in (int, float):
         return None
     if kind is float and not all(abs(entry) <= _MOST_FLOAT for entry in entries):  # nor is NaN
@@ -118,12 +125,13 @@ def _is_a(kind: type, value: Any) -> bool:
 def _require_names(where: object, name: str, known: Iterable[str], allowed: str) -> None:
     """A tuple of known names and of blueprints with other names, each at most once."""
     entries = getattr(where, name)
-    names = [_name(entry) for entry in entries]
     strange = {entry for entry in entries if isinstance(entry, str)} - set(known)
     for entry in entries:
         if isinstance(entry, Blueprint):
+            own = isinstance(entry.name, str) and re.fullmatch(r"\w[\w-]*", entry.name) is not None
+            _require(own, where, name, f"{allowed}; one's own have names of letters, digits, _ and -")
             _require(entry.name not in BLUEPRINTS, where, name, f"{allowed}; {entry.name!r} is the package's own")
-            entry.check()
+    names = [_name(entry) for entry in entries]
     _require(not strange and len(set(names)) == len(names), where, name, allowed)
 
 
@@ -245,12 +253,12 @@ class LifecycleConfig:
     """no germination while another slot is germinated, training or cooling down (the later reference's rule)"""
     isolate_after_training: bool = False
     """the reference's rule for CNN hosts: a seed goes on reading stop_gradient(host) after TRAINING"""
-    blueprints: tuple[str, ...] = field(default=CNN_BLUEPRINTS, metadata={"or": Blueprint})
+    blueprints: _Modules = field(default=CNN_BLUEPRINTS, metadata={"alternative": Blueprint})
     """seed modules that may be germinated; noop is never offered"""
 
     def __post_init__(self):
         _check(self)
-        allowed = f"one or more of {', '.join(BLUEPRINTS[1:])}, each once"
+        allowed = f"one or more of {', '.join(BLUEPRINTS[1:])}, each once (in Python also Blueprint objects)"
         _require_names(self, "blueprints", BLUEPRINTS, allowed)
         _require(bool(self.offered), self, "blueprints", allowed)
 
@@ -403,6 +411,10 @@ class Config:
         _require(self.n_envs % self.ppo.minibatches == 0, self, "n_envs", "a multiple of ppo.minibatches")
         allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, the modules for this host"
         _require_names(self.lifecycle, "blueprints", CNN_BLUEPRINTS, allowed)
+        for module in self.lifecycle.blueprints:
+            if isinstance(module, Blueprint):
+                for width in dict.fromkeys(self.host.slot_widths):
+                    module.check(width, self.training.compute_dtype)
 
     @property
     def action_space(self) -> ActionSpace:
@@ -412,13 +424,20 @@ class Config:
         return ActionSpace(len(self.host.slot_names), names, offered)
 
     def replace(self, **changes) -> Config:
-        """A copy with changes; dotted names reach inside: `cfg.replace(n_envs=8, **{"training.epochs": 5})`."""
+        """A copy with changes; dotted names reach inside.
+
+        >>> cfg = Config().replace(n_envs=8, **{"training.epochs": 5})
+        >>> cfg.n_envs, cfg.training.epochs
+        (8, 5)
+        """
         nested: dict[str, dict] = {}
         flat = {}
         for name, value in changes.items():
             head, _, rest = name.partition(".")
             _known(type(self), head)
             if rest:
+                if not dataclasses.is_dataclass(getattr(self, head)):
+                    raise ValueError(f"Config.{head} has no fields: there is no {name}")
                 nested.setdefault(head, {})[rest] = value
             else:
                 flat[head] = value
@@ -433,9 +452,14 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """What `to_json` writes: a module that was given as an object is known by its name alone."""
-        tree = dataclasses.asdict(self)
-        tree["lifecycle"]["blueprints"] = tuple(map(_name, self.lifecycle.blueprints))
-        return tree
+        names = tuple(map(_name, self.lifecycle.blueprints))
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        lifecycle = {f.name: getattr(self.lifecycle, f.name) for f in dataclasses.fields(self.lifecycle)}
+        fields["lifecycle"] = lifecycle | {"blueprints": names}
+        return {
+            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            for name, value in fields.items()
+        }
 
     @classmethod
     def from_json(cls, text: str) -> Config:

@@ -98,7 +98,11 @@ HEAD_SIZES = {
 
 
 def catalog(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of the blueprints by number: those of the package, then whatever else is among `names`, in that order."""
+    """Names of the blueprints by number: those of the package, then whatever else is among `names`, in that order.
+
+    >>> catalog(["norm", "mine"])[3], catalog(["norm", "mine"])[13]
+    ('norm', 'mine')
+    """
     return (*BLUEPRINTS, *(name for name in names if name not in BLUEPRINTS))
 
 

@@ -71,7 +71,7 @@ class EnvParams:
     """What a study varies; the weights are traced, so a grid of them compiles once."""
 
     weights: RewardWeights
-    max_steps_in_episode: int = struct.field(pytree_node=False)  # T
+    max_steps_in_episode: int = struct.field(pytree_node=False)  # T, for learners that ask; fixed by the configuration
 
 
 def decisions(cfg: Config) -> tuple[Action, ...]:
@@ -92,9 +92,11 @@ class GrowthEnv:
     """One environment; every function is pure and can be mapped, jitted and scanned."""
 
     def __init__(self, cfg: Config, dataset: Dataset, actions: Sequence[Action] | None = None):
-        """Raises ValueError as `make_env` does."""
+        """Raises ValueError as `make_env` does, and if `actions` is empty."""
         self.cfg, self.dataset = cfg, dataset
         self.actions = tuple(decisions(cfg) if actions is None else actions)
+        if not self.actions:
+            raise ValueError("actions = (): must be one or more decisions")
         self._table = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.actions)
         self._features = make_env(cfg, dataset).n_features
 
@@ -146,7 +148,13 @@ class GrowthEnv:
         return obs.features, state, reward, done, said | {"discount": info.discount, "legal": self.legal(state)}
 
     def _env(self, params: EnvParams | None) -> Env:
-        return make_env(self.cfg, self.dataset, None if params is None else params.weights)
+        params = self.default_params if params is None else params
+        if params.max_steps_in_episode != self.cfg.training.epochs:
+            raise ValueError(
+                f"max_steps_in_episode = {params.max_steps_in_episode}: must be training.epochs = "
+                f"{self.cfg.training.epochs}, on which the environment depends"
+            )
+        return make_env(self.cfg, self.dataset, params.weights)
 
     def legal(self, state: EnvState) -> Array:
         """bool[A]: which decisions would be carried out."""

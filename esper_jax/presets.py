@@ -100,6 +100,12 @@ def get(name: str, data: str = "digits") -> Config:
     """The preset of that name in the size for those data: `digits`, `cifar10`, or `shapes`, which has CIFAR-10's.
 
     Raises ValueError naming the nearest one for an unknown name.
+
+    >>> get("quick", "digits").host.widths
+    (2, 4)
+    >>> get("quikc")
+    Traceback (most recent call last):
+    ValueError: unknown preset 'quikc'; did you mean quick? (known: smoke, quick, full)
     """
     sizes = _lookup(PRESETS, "preset", name)
     cfg = _lookup(sizes | {"shapes": sizes["cifar10"]}, "data set", data)

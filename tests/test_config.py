@@ -63,8 +63,8 @@ REFUSED = [
     (LifecycleConfig, "blueprints", (), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("noop",), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("conv_lite",), "one or more of conv_light, attention"),
-    (LifecycleConfig, "blueprints", ("norm", "loro"), "one or more of conv_light, .*, flex_attention, each once$"),
-    (LifecycleConfig, "blueprints", ("norm", "norm"), "one or more of conv_light, .*, flex_attention, each once$"),
+    (LifecycleConfig, "blueprints", ("norm", "loro"), "one or more of conv_light, .*, flex_attention, each once \\(in Python also Blueprint objects\\)$"),
+    (LifecycleConfig, "blueprints", ("norm", "norm"), "one or more of conv_light, .*, flex_attention, each once \\(in Python also Blueprint objects\\)$"),
     (LifecycleConfig, "sequential", 1, "bool$"),
     (LifecycleConfig, "strict_min_improvement", -101.0, r"in \[-100, 100\]"),
     (LifecycleConfig, "strict_min_contribution", 101.0, r"in \[-100, 100\]"),
@@ -276,13 +276,40 @@ def test_a_module_of_ones_own_is_a_value_of_the_configuration():
     for wrong, match in (
         ((mine, other), "each once"),
         ((mine._replace(name="norm"),), "'norm' is the package's own"),
-        ((mine._replace(forward=lambda p, x: x[:, ::2]),), r"\(8, 6, 4, 2\) into \(8, 3, 4, 2\): must keep"),
-        ((mine._replace(forward=lambda p, x: x.astype(jnp.bfloat16)),), "must keep shape and dtype"),
-        ((mine._replace(draw=lambda key, c: {"w": jnp.zeros(c, jnp.int32)}),), "its parameter w is int32: must be"),
-        ((mine, 3), "a tuple of str"),
+        ((mine._replace(name="my conv"),), "letters, digits, _ and -"),
+        ((mine._replace(name=5),), "letters, digits, _ and -"),
+        ((mine, 3), "a tuple of str or Blueprint"),
+        (("theirs",), "in Python also Blueprint objects"),
     ):
         with pytest.raises(ValueError, match=match):
             LifecycleConfig(blueprints=wrong)
+
+
+SPEC = {"a": blueprints.constant((2,), 1.0), "b": blueprints.constant((), 0.0)}
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"forward": lambda p, x: x[:, ::2]}, r"float32\[8, 6, 4, 2\] into float32\[8, 3, 4, 2\]: must keep"),
+    ({"forward": lambda p, x: x.astype(jnp.bfloat16)}, r"float32\[8, 6, 4, 2\] into bfloat16\[8, 6, 4, 2\]: must keep"),
+    ({"forward": lambda p, x, kept: x, "stem": lambda p, x: x[:1]}, r"its stem turns"),
+    ({"forward": lambda p, x: (x, x)}, "its module turns .* into tuple"),
+    ({"forward": None}, "it fails: TypeError"),
+    ({"forward": lambda p, x: x @ jnp.ones((3, 3))}, "it fails: TypeError"),
+    ({"forward": lambda p, x: x + jnp.zeros((8, 1, 1, 1))}, "at 16 channels of float32 it fails"),
+    ({"draw": lambda key, c: {"a": jnp.zeros(2)}, "spec": lambda c: SPEC}, "as its spec says"),
+    ({"draw": lambda key, c: {"a": jnp.zeros(2, jnp.int32), "b": jnp.zeros(())}, "spec": lambda c: SPEC}, "int32"),
+])  # fmt: skip
+def test_a_module_is_tried_at_every_width(changes, match):
+    mine = blueprints.Blueprint("mine", lambda c: {}, lambda p, x: x)._replace(**changes)
+    with pytest.raises(ValueError, match=f"(?s)blueprint 'mine': .*{match}"):
+        Config(lifecycle=LifecycleConfig(blueprints=("norm", mine)))
+
+
+def test_a_module_is_tried_in_the_dtype_of_the_run():
+    mine = blueprints.Blueprint("mine", lambda c: {"a": blueprints.constant((), 1.0)}, lambda p, x: x * p["a"])
+    cfg = Config(lifecycle=LifecycleConfig(blueprints=(mine,)))
+    with pytest.raises(ValueError, match="of bfloat16 its module turns bfloat16.* into float32"):
+        cfg.replace(**{"training.compute_dtype": "bfloat16"})
 
 
 def test_hosts():

@@ -88,10 +88,17 @@ def test_names():
         esper_jax.make("digits")
     with pytest.raises(ValueError, match="trainin"):
         esper_jax.make("digits-2slot", trainin__epochs=7)
+    with pytest.raises(ValueError, match="Config.seed has no fields: there is no seed.x"):
+        esper_jax.make("digits-2slot", seed__x=1)
+    with pytest.raises(ValueError, match="must be one or more decisions"):
+        GrowthEnv(env().cfg, env().dataset, actions=())
+    longer = env().default_params.replace(max_steps_in_episode=99)
+    with pytest.raises(ValueError, match=f"max_steps_in_episode = 99: must be training.epochs = {T}"):
+        env().reset(jax.random.key(0), longer)
 
 
-def test_the_example_learns_from_it():
-    """Two updates: finite numbers, and a policy that changed what is played."""
+def test_the_example_trains_on_it():
+    """Two updates: a number of each, finite and in its range."""
     said = jax.jit(gymnax_ppo.make_train(env(), envs=2, updates=2, passes=1))(jax.random.key(0))
     assert said["return"].shape == said["accuracy"].shape == (2,)
     assert np.isfinite(said["return"]).all() and (0 <= said["accuracy"]).all() and (said["accuracy"] <= 100).all()

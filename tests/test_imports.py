@@ -46,6 +46,14 @@ def users(library):
     return {module for module in FILES for name in imported(module) if name.partition(".")[0] == library}
 
 
+def test_the_configuration_knows_names_and_modules_alone():
+    """What it imports must not import it."""
+    allowed = {"enums", "types", "network"}
+    for module in ("esper_jax.config", "esper_jax.network.blueprints", "esper_jax.network.layers"):
+        found = {part(name) for name in imported(module)} - {None}
+        assert found <= allowed and (module == "esper_jax.config" or "config" not in found)
+
+
 @pytest.mark.parametrize("folder", ORDER)
 def test_imports_follow_the_order(folder):
     own = [module for module in FILES if part(module) == folder]

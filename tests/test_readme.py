@@ -14,8 +14,8 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 LAYOUT = TEXT.partition("## How the code is laid out")[2]
 
 
-# those that make an environment or a run compile at full size, half a minute and more
-MARKS = lambda program: [pytest.mark.slow] if re.search(r"presets\.get|esper_jax\.make", program) else []
+# those that play or train compile at full size, half a minute and more
+MARKS = lambda program: [pytest.mark.slow] if re.search(r"make_train\(cfg\),|env\.step", program) else []
 
 
 @pytest.mark.parametrize("program", [pytest.param(p, id=str(i), marks=MARKS(p)) for i, p in enumerate(PROGRAMS)])

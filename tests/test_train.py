@@ -40,9 +40,9 @@ def rounds(n, *, n_devices=1, seed=0):
     key = jax.random.key(seed)
     out = [(train(n_devices).init(key), None)]
     for number in range(n):
-        with tiny_run.compilations() as seconds:
+        with tiny_run.compilations() as compiled:
             out.append(train(n_devices).update(key, out[-1][0]))
-        assert not (number and seconds), "something was compiled again"
+        assert not (number and compiled), "something was compiled again"
     return out
 
 
@@ -243,10 +243,10 @@ def test_a_grid_of_hypers_is_one_run():
     )
     comparison()
     start = t.init(key, grid)
-    with tiny_run.compilations() as seconds:
+    with tiny_run.compilations() as compiled:
         run, metrics = t.update(key, start)
         results = t.compare(key, run, ["never", "eager", "policy"])
-    assert not seconds, "something was compiled again"
+    assert not compiled, "something was compiled again"
     (before, _), (default, default_metrics) = two_rounds(1)[:2]
     assert tiny.equal(start.replace(hypers=hypers), before)
     assert tiny.equal(of_policy(run, 0), of_policy(default, 0))
@@ -275,12 +275,12 @@ def test_a_run_compiles_once(n_devices):
     t, (run, _), key = train(n_devices), two_rounds(n_devices)[2], jax.random.key(0)
     if n_devices == 1:
         comparison()
-    with tiny_run.compilations() as seconds:
+    with tiny_run.compilations() as compiled:
         run, _ = t.update(key, run)
         if n_devices == 1:
             for names in (["never"], ["policy", "random"], t.controllers):
                 t.compare(key, run, names)
-    assert not seconds, "something was compiled again"
+    assert not compiled, "something was compiled again"
 
 
 def test_four_devices_do_what_one_does():

@@ -44,22 +44,22 @@ class Result(NamedTuple):
     states: list  # RunState after 0, 1, ... rounds
     rounds: list  # arrays of each round
     metrics: dict  # arrays of the comparison
-    ahead: list  # seconds of each program that was compiled before the first round
+    ahead: list  # names of the programs that were compiled before the first round
     later: list  # and since then
     train: Train  # with its programs compiled
 
 
 @contextlib.contextmanager
 def compilations():
-    """Yields a list that gets the seconds of each compilation."""
-    seconds, listening = [], [True]
+    """Yields a list that gets the name of each program that is compiled, or found in a cache."""
+    names, listening = [], [True]
 
-    def listen(event, duration, **_):
+    def listen(event, duration, fun_name="", **_):
         if listening and event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            names.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seconds
+    yield names
     listening.clear()  # JAX has no public way to forget one listener
 
 

@@ -199,6 +199,9 @@ def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> l
     reads, in names or epochs: `slot` is required, for germinate `blueprint` too, the others default to those of
     `Action()`. `#` starts a comment.
 
+    >>> [Op(int(action.op)).name for action in parse_script("1: germinate slot=0 blueprint=norm")]
+    ['WAIT', 'GERMINATE']
+
     Raises:
       ValueError: naming line, field, value and what is allowed.
     """

@@ -28,22 +28,17 @@ def init(size: int) -> RunningStatistics:
     return RunningStatistics(jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), jnp.float32(INITIAL_COUNT))
 
 
-def update(
-    state: RunningStatistics, batch: Array, *, momentum: float | None = None, axis_name: str | None = None
-) -> RunningStatistics:
-    """Take in a batch f32[N, D].
+def update(state: RunningStatistics, batch: Array, *, axis_name: str | None = None) -> RunningStatistics:
+    """Take in a batch f32[N, D]; every row ever seen weighs alike (Chan, Golub and LeVeque, 1979).
 
     Args:
-      momentum: None weighs every row ever seen alike (Chan, Golub and LeVeque, 1979); m in [0, 1) is an exponential
-        mean over batches that keeps m of the old statistics, whatever the batch's size.
       axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
     """
     mean = mean_over_devices(jnp.mean(batch, axis=0), axis_name)
     var = mean_over_devices(jnp.mean(jnp.square(batch - mean[None]), axis=0), axis_name)
     rows = batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     count = state.count + rows
-    keep = state.count / count if momentum is None else momentum
-    take = rows / count if momentum is None else 1 - momentum
+    keep, take = state.count / count, rows / count
     delta = mean - state.mean
     return RunningStatistics(
         mean=state.mean + take * delta,

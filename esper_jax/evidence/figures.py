@@ -151,7 +151,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
                 here = kept & (blueprint[a, :, -1, s] == kind)
                 born, done = (np.median(_first(stage[a, here, :, s], wanted)) for wanted in _MILESTONES)
                 drawn.add(kind)
-                axes.barh(bottom, count / envs, 0.8, left, color=_blueprint_colour(kind), edgecolor="white")
+                axes.barh(bottom, count / envs, 0.8, left, edgecolor="white", **_blueprint_look(kind))
                 if count / envs > 0.28:
                     text = f"{modules[kind]}\n{born:.0f} to {done:.0f}"
                     axes.text(left + count / envs / 2, bottom, text, ha="center", va="center", fontsize=7)
@@ -167,7 +167,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
         axes.set_visible(False)
     panels[0].set_xlim(0, 1)
     panels[0].set_yticks(range(n_slots), [f"slot {s}" for s in reversed(range(n_slots))])
-    handles = [Patch(color=_blueprint_colour(kind), label=modules[kind]) for kind in sorted(drawn)]
+    handles = [Patch(edgecolor="white", label=modules[kind], **_blueprint_look(kind)) for kind in sorted(drawn)]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.suptitle(
@@ -195,8 +195,10 @@ def _first(stage: np.ndarray, wanted: Stage) -> np.ndarray:
     return np.argmax(stage == wanted, axis=1) + 1
 
 
-def _blueprint_colour(kind: int) -> str:
-    return COLOURS[(int(kind) - 1) % len(COLOURS)]
+def _blueprint_look(kind: int) -> dict[str, Any]:
+    """Colour of a module by its number in the catalog; hatched from the ninth on."""
+    rank = int(kind) - 1
+    return {"facecolor": COLOURS[rank % len(COLOURS)], "hatch": "/" * 3 * (rank // len(COLOURS))}
 
 
 @_picture

@@ -144,12 +144,20 @@ def _claims(
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign, "-" if it was not measured."""
+    """A number with its sign, "-" if it was not measured.
+
+    >>> signed(1.234), signed(float("nan"))
+    ('+1.23', '-')
+    """
     return "-" if np.isnan(value) else f"{value:+.{digits}f}"
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's (1904) correlation of the ranks of two f[N], equals sharing their mean rank; NaN if one is flat."""
+    """Spearman's (1904) correlation of the ranks of two f[N], equals sharing their mean rank; NaN if one is flat.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
+    1.0
+    """
     from scipy.stats import rankdata  # a second to import, and a run does not need it
 
     x, y = (rankdata(samples) - (len(samples) + 1) / 2 for samples in (x, y))

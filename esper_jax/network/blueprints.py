@@ -15,6 +15,7 @@ scale.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,44 +73,53 @@ class Blueprint(NamedTuple):
 
         A module of flax, for which `x` has to have some size when it is initialised:
 
-            Blueprint.from_functions(
-                "mixer", lambda key, width: Mixer().init(key, jnp.zeros((1, 8, 8, width))), Mixer().apply
-            )
+        >>> from flax import linen as nn
+        >>> init = lambda key, width: nn.Conv(width, (3, 3)).init(key, jnp.zeros((1, 8, 8, width)))
+        >>> apply = lambda params, x: nn.Conv(x.shape[-1], (3, 3)).apply(params, x)
+        >>> Blueprint.from_functions("conv", init, apply).param_count(8)  # 9 * 8 * 8 and a bias
+        584
         """
-        trees: dict[int, Any] = {}
 
-        def tree(width: int) -> Any:
-            if width not in trees:
-                trees[width] = jax.eval_shape(lambda key: init(key, width), jax.random.key(0))
-            return trees[width]
+        @functools.cache
+        def shapes(width: int) -> Any:
+            return jax.eval_shape(lambda: init(jax.random.key(0), width))
 
         def named(params: Any) -> Params:
             return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
         def spec(width: int) -> dict[str, Initial]:
-            return {path: Initial(leaf.shape, 0, 0) for path, leaf in named(tree(width)).items()}
+            return {path: Initial(leaf.shape, 0, 0) for path, leaf in named(shapes(width)).items()}
 
         def forward(params: Params, x: Array) -> Array:
-            params = jax.tree.unflatten(jax.tree.structure(tree(x.shape[0])), list(params.values()))
-            y = apply(params, x.transpose(3, 1, 2, 0)).astype(x.dtype)
-            return y.transpose(3, 1, 2, 0)
+            tree = shapes(x.shape[0])
+            leaves = [params[path] for path in named(tree)]  # by name: JAX sorts the entries of a dict
+            y = apply(jax.tree.unflatten(jax.tree.structure(tree), leaves), x.transpose(3, 1, 2, 0))
+            return y.astype(x.dtype).transpose(3, 1, 2, 0)
 
         return cls(name, spec, forward, draw=lambda key, width: named(init(key, width)))
 
-    def check(self) -> None:
-        """Raises ValueError if the module changes shape or dtype of its input, or its parameters are not f32."""
-        x = jax.ShapeDtypeStruct((8, 6, 4, 2), jnp.float32)
-        params = jax.eval_shape(lambda key: self.init(key, 8), jax.random.key(0))
-        for path, leaf in params.items():
-            if leaf.dtype != jnp.float32:
-                raise ValueError(f"blueprint {self.name!r}: its parameter {path} is {leaf.dtype}: must be float32")
-        stem = jax.eval_shape(self.stem_of, params, x)
-        for part, y in (("stem", stem), ("module", jax.eval_shape(self.after_stem, params, x, stem))):
-            if y.shape != x.shape or y.dtype != x.dtype:
-                raise ValueError(
-                    f"blueprint {self.name!r}: its {part} turns features {x.shape} into {y.shape}: must keep shape and "
-                    "dtype"
-                )
+    def check(self, width: int = 8, dtype: str = "float32") -> None:
+        """Tries the module on features of that many channels.
+
+        Raises ValueError if it fails on them or changes their shape or dtype, or if its parameters are not those that
+        its `spec` says, all f32.
+        """
+        x = jax.ShapeDtypeStruct((width, 6, 4, 2), dtype)
+        said = f"blueprint {self.name!r}: at {width} channels of {dtype} "
+        facts = lambda y: f"{getattr(y, 'dtype', type(y).__name__)}{list(getattr(y, 'shape', []))}"
+        try:
+            params = jax.eval_shape(lambda: self.init(jax.random.key(0), width))
+            wanted = {name: f"float32{list(initial.shape)}" for name, initial in self.spec(width).items()}
+            stem = jax.eval_shape(self.stem_of, params, x)
+            y = jax.eval_shape(self.after_stem, params, x, stem)
+        except Exception as error:  # whatever somebody else's code raises
+            raise ValueError(f"{said}it fails: {type(error).__name__}: {error}") from error
+        found = {name: facts(leaf) for name, leaf in params.items()}
+        if found != wanted:
+            raise ValueError(f"{said}its parameters are {found}: must be {wanted}, as its spec says")
+        for part, out in (("stem", stem), ("module", y)):
+            if facts(out) != facts(x):
+                raise ValueError(f"{said}its {part} turns {facts(x)} into {facts(out)}: must keep shape and dtype")
 
     def stem_of(self, params: Params, x: Array) -> Array:
         """What is kept of a tile for the backward pass; zeros for a module that keeps nothing."""
@@ -121,9 +131,10 @@ class Blueprint(NamedTuple):
 
     def init(self, key: Array, width: int) -> Params:
         """Fresh parameters for `width` channels, f32."""
-        if self.draw is not None:
-            return self.draw(key, width)
         spec = self.spec(width)
+        if self.draw is not None:
+            drawn = self.draw(key, width)
+            return {name: drawn[name] for name in spec} if drawn.keys() == spec.keys() else drawn
         keys = jax.random.split(key, max(len(spec), 1))
         return {
             name: jax.random.uniform(k, p.shape, jnp.float32, p.low, p.high)

@@ -93,10 +93,10 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
     place = folder / f"step_{step:08d}"
     try:
         stored = json.loads((place / FINGERPRINT).read_text())
-        recorded, files = stored["leaves"], stored["files"]
+        recorded, files, then = stored["leaves"], stored["files"], stored["meta"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{place / FINGERPRINT}: cannot be read: {error}") from None
-    _compare(place, "", stored["meta"], _plain(meta))
+    _compare(place, "", then, _plain(meta))
     wanted = _leaves(template)
     shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
     _compare(place, "", {path: {"shape": f["shape"], "dtype": f["dtype"]} for path, f in recorded.items()}, shapes)

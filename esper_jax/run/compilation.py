@@ -49,7 +49,8 @@ def cache_folder() -> Path | None:
     None for a user without a home.
     """
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        base = named if os.path.isabs(named) else Path.home() / ".cache"  # the specification ignores relative ones
     except RuntimeError:  # neither $HOME nor an entry in the list of users
         return None
     make = hashlib.sha256("\n".join(_processor()).encode()).hexdigest()[:12]
@@ -88,7 +89,8 @@ def keep_programs(folder: Path | None) -> str | None:
     if named is None:
         jax.config.update("jax_compilation_cache_dir", place)
         jax.config.update("jax_compilation_cache_max_size", MOST_CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return None
 
 

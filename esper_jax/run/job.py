@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -151,7 +150,7 @@ def header(console: Console, options: JobOptions, cfg: Config, out: Path, rules:
     twins = " and their twins" if cfg.reward.mode == "paired" else ""
     rows = cfg.policy_seeds + bool(twins)
     total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
-    console.say(f"esper_jax {provenance.versions()['esper_jax']}  cifar  preset {options.preset}", style="bold")
+    console.say(f"esper_jax {provenance.versions()['esper_jax']}  preset {options.preset}", style="bold")
     console.facts({
         "run": str(out),
         "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
@@ -168,7 +167,8 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
     start = int(run.round)
     log = records.RoundLog(folder / "rounds", start)
-    threading.Thread(target=_import_early, daemon=True).start()
+    if every and start < rounds:
+        threading.Thread(target=_import_orbax, daemon=True).start()
     with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             run, metrics = job.train.update(job.key, run)
@@ -180,11 +180,10 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     return run, log.stacked()
 
 
-def _import_early() -> None:
-    """What takes seconds to import and is not needed before the first round is over, while that is computed."""
+def _import_orbax() -> None:
+    """It takes a second, and is not needed before the first round is over: beside that."""
     with contextlib.suppress(Exception):  # who needs it will say what is wrong
         checkpoint.library()
-        importlib.import_module("esper_jax.evidence.figures")
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:

@@ -62,8 +62,9 @@ def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
 
 def test_compiling_ahead_compiles_everything():
     result = tiny_run.result()
-    assert max(result.ahead) > 1, "the rollout takes seconds to compile"
-    assert max(result.later, default=0) < max(result.ahead) / 10, "something large was compiled after compile_ahead"
+    large = {"jit(keys)", "jit(<lambda>)", "jit(start)"}  # rollout, learn, report and pay are wrapped for the devices
+    assert large <= set(result.ahead) and result.ahead.count("jit(<lambda>)") == 4
+    assert not large & set(result.later), "compiled after compile_ahead"
 
 
 def test_a_run_writes_its_files(tmp_path):

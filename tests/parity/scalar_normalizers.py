@@ -1,4 +1,4 @@
-"""The reference's normalisers of rewards and values, in terms of `esper_jax.control.normalizers`.
+"""The reference's other normalisers: of rewards, of values, and with an exponential mean.
 
 This system divides rewards by the deviation of discounted returns (`ppo.discounted_sums`) and does not scale values.
 """
@@ -14,6 +14,18 @@ from esper_jax.types import Array
 REWARD_EPS = 1e-8  # smallest standard deviation that a reward is divided by
 VALUE_MOMENTUM = 0.99
 VALUE_WARMUP = 32  # returns seen before values are scaled
+
+
+def exponential_update(state: RunningStatistics, batch: Array, *, momentum: float) -> RunningStatistics:
+    """An exponential mean over batches f32[N, D] that keeps `momentum` of the old statistics, whatever their size."""
+    mean = jnp.mean(batch, axis=0)
+    var = jnp.mean(jnp.square(batch - mean[None]), axis=0)
+    take, delta = 1 - momentum, mean - state.mean
+    return RunningStatistics(
+        mean=state.mean + take * delta,
+        var=momentum * state.var + take * var + momentum * take * jnp.square(delta),
+        count=state.count + batch.shape[0],
+    )
 
 
 @struct.dataclass
@@ -60,10 +72,10 @@ def value_init() -> RunningStatistics:
     return RunningStatistics(jnp.float32(0), jnp.float32(1), jnp.float32(0))
 
 
-def value_update(state: RunningStatistics, returns: Array, *, axis_name: str | None = None) -> RunningStatistics:
+def value_update(state: RunningStatistics, returns: Array) -> RunningStatistics:
     """Take in returns f32[N]: each weighs alike until 32 were seen, an exponential mean over batches from then on."""
-    first = update(state, returns, axis_name=axis_name)
-    later = update(state, returns, momentum=VALUE_MOMENTUM, axis_name=axis_name)
+    first = update(state, returns)
+    later = exponential_update(state, returns, momentum=VALUE_MOMENTUM)
     return select(state.count < VALUE_WARMUP, first, later)
 
 

@@ -1,5 +1,7 @@
 """Normalisers against the reference's traces."""
 
+from functools import partial
+
 import chex
 import golden
 import hypothesis.strategies as st
@@ -35,10 +37,11 @@ def batches(case):
 
 @each_observation
 def test_observation_statistics(case):
-    momentum = None if np.isnan(case["momentum"]) else float(case["momentum"])
+    exponential = partial(scalars.exponential_update, momentum=float(case["momentum"]))
+    update = N.update if np.isnan(case["momentum"]) else exponential
     state = N.init(case["batches"].shape[1])
     for i, batch in enumerate(batches(case)):
-        state = N.update(state, jnp.asarray(batch), momentum=momentum)
+        state = update(state, jnp.asarray(batch))
         close_statistics(state, case, i)
         close(N.normalise(state, jnp.asarray(case["probe"])), case["normalized"][i], "normalized", scale=1.0)
 
@@ -74,6 +77,14 @@ def test_value_statistics(case):
 
 
 # --- worked by hand --------------------------------------------------------------------------------------------------
+
+
+def test_exponential_mean_by_hand():
+    # mean 0.99*0 + 0.01*1; var 0.99*1 + 0.01*0 + 0.01*0.99*(1 - 0)^2 = 0.9999
+    state = scalars.exponential_update(N.init(2), jnp.ones((5, 2)), momentum=0.99)
+    np.testing.assert_allclose(state.mean, 0.01, rtol=1e-6)
+    np.testing.assert_allclose(state.var, 0.9999, rtol=1e-6)
+    assert state.count == pytest.approx(5.0001)
 
 
 def test_rewards_by_hand():
