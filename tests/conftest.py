@@ -22,6 +22,11 @@ TOGETHER = {  # files that share compiled programs
     **dict.fromkeys(("test_report", "test_records", "test_checkpoint", "test_compilation", "test_cifar"), "run"),
     **dict.fromkeys(("test_environment", "test_observation"), "environment"),
 }
+FAST = (  # what `pytest -m fast` runs: nothing here compiles an environment or a host's training
+    "test_config", "test_imports", "test_doctests", "test_readme", "test_cifar10", "test_datasets", "test_pipeline",
+    "test_command", "test_console", "test_folder", "test_provenance", "test_devices", "test_alpha",
+    "test_masks", "test_tracker", "test_attribution", "test_heuristic", "test_gae_parity",
+)  # fmt: skip
 LONG = ("test_frozen", "run", "test_train", "environment", "test_ppo", "test_model", "test_throughput")
 
 
@@ -41,6 +46,8 @@ def pytest_collection_modifyitems(items):
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group(item)))
+        if item.module.__name__ in FAST and "slow" not in item.keywords:
+            item.add_marker("fast")
     items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
 
 
