@@ -368,9 +368,9 @@ class PPOConfig:
     minibatches: int = number(2, above=0)
     """environments are split into so many minibatches"""
     advantage_std_floor: float = number(0.1, above=0)
-    op_bias: tuple[float, ...] = (1.0, 2.0, 0.0, -3.0, 3.0, 2.0)
+    op_bias: tuple[float, ...] = (1.0, 0.0, 0.0, -3.0, 3.0, 2.0)
     """added to the first policy's logits of wait, germinate, set_alpha_target, prune, fossilize, advance, so that it
-    starts early, lets seeds live and finishes what it begins, or there would be nothing to learn from; 0 is uniform"""
+    lets seeds live and finishes what it begins, or there would be nothing to learn from; all 0 starts uniform"""
     full_alpha_bias: float = 2.0
     """added to its logits of alpha target 1.0, since only what is blended in full can be kept; 0 starts uniform"""
     target_kl: float | None = number(None, above=0)

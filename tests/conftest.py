@@ -4,7 +4,10 @@ Most of the time goes into compiling. So whatever compiles the same programs run
 come first, and programs are kept in `.pytest_cache` for the next time.
 """
 
+import gc
 import os
+import pathlib
+import resource
 
 import jax
 import pytest
@@ -51,8 +54,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
 
 
+def resident() -> float:
+    """Gigabytes of this process; 0 where the system does not say."""
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    except OSError:
+        return 0
+
+
 @pytest.fixture(autouse=True, scope="module")
 def memory():
-    """Gives back what the compiler freed: a gigabyte after a large program."""
+    """Gives back what the compiler freed, a gigabyte after a large program, and forgets programs when there are many."""
     yield
     compilation.return_memory()
+    if resident() > 3:
+        jax.clear_caches()
+        gc.collect()
+        compilation.return_memory()

@@ -118,16 +118,9 @@ class _Network(nn.Module):
         self.value_output = _dense(1, 1.0)
 
     def _shape(self, head: str) -> tuple[int, ...]:
-        """Of what a head's output layer says: there is none for a blueprint that is not offered."""
-        size = len(self.space.offered) if head == "blueprint" else self.space.sizes[head]
+        """Of a head's logits, which are those of its mask: what is not offered is never drawn, and learns nothing."""
+        size = self.space.sizes[head]
         return (size,) if head in _FIRST else (self.space.n_slots, size)
-
-    def _by_number(self, offered: Array) -> Array:
-        """Logits of the offered blueprints, [..., K], where their numbers in the catalog are, [..., N]."""
-        numbers = range(len(self.space.blueprints))
-        place = [self.space.offered.index(n) if n in self.space.offered else 0 for n in numbers]
-        there = np.isin(numbers, self.space.offered)
-        return jnp.where(there, offered[..., np.array(place)], ILLEGAL_LOGIT)
 
     def encode(self, features: Array) -> Array:
         """f32[..., D] -> what the input adds to the four gates, f32[..., 4H]."""
@@ -148,7 +141,6 @@ class _Network(nn.Module):
             head: self.head_output[head](part).reshape(*part.shape[:-1], *self._shape(head))
             for head, part in zip(HEADS, actors, strict=True)
         }
-        logits["blueprint"] = self._by_number(logits["blueprint"])
         return PolicyOutput(logits, self.value_output(critic)[..., 0])
 
     def __call__(self, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:

@@ -115,18 +115,15 @@ GLOBAL_FEATURES = (
 )  # fmt: skip
 
 
-def _blueprint(slots: SlotState, space: ActionSpace) -> Array:
-    return (slots.blueprint[:, None] == jnp.asarray(space.offered, jnp.int32)[None]).astype(jnp.float32)
-
-
 def _slot_features(space: ActionSpace) -> tuple[Feature, ...]:
+    n_blueprints = len(space.blueprints)
     clip = lambda x, scale, low=-1: jnp.clip(x.astype(jnp.float32) / scale, low, 1)
     share = lambda n, i: jnp.minimum(n.astype(jnp.float32) / i.epochs, 1)
     m = lambda i: i.slots.metrics
     return (
         Feature("occupied", 1, 0, 1, lambda i: i.slots.stage != Stage.DORMANT),
         Feature("stage", NUM_STAGES, 0, 1, lambda i: _stage_one_hot(i.slots.stage)),
-        Feature("blueprint", len(space.offered), 0, 1, lambda i: _blueprint(i.slots, space)),
+        Feature("blueprint", n_blueprints, 0, 1, lambda i: _one_hot(i.slots.blueprint, n_blueprints)),
         Feature("algorithm", 3, 0, 1, lambda i: _one_hot(i.slots.algorithm - 1, 3)),
         Feature("alpha", 1, 0, 1, lambda i: i.slots.alpha.alpha),
         Feature("alpha_target", 1, 0, 1, lambda i: i.slots.alpha.target),

@@ -71,18 +71,15 @@ def forward_in_numpy(params, features):
         parts = np.split(relu(dense(norm(hidden, "output_norm"), "head_hidden")), 9)
         logits = {head: dense(parts[i], f"head_output_{head}") for i, head in enumerate(HEADS)}
         logits |= {head: logits[head].reshape(S, -1) for head in BY_SLOT}
-        # noop, number 0, is not offered
-        logits["blueprint"] = np.pad(logits["blueprint"], ((0, 0), (1, 0)), constant_values=policy.ILLEGAL_LOGIT)
         out.append((logits, dense(parts[8], "value_output")[0]))
     return {head: np.stack([row[0][head] for row in out]) for head in HEADS}, np.array([row[1] for row in out])
 
 
 def test_sizes_are_those_of_the_reference():
     # The reference has 128 D + 209640 with 3 slots and two LSTM biases of 4 * 128 where one does: 209128.
-    # Here 12 blueprints (noop is not offered), 4 styles, 3 tempos, 3 targets, 4 speeds and 3 curves have a row of
-    # 64 + 1 for each slot; the reference has 13 blueprints.
+    # Here 13 blueprints, 4 styles, 3 tempos, 3 targets, 4 speeds and 3 curves have a row of 64 + 1 for each slot.
     shapes = jax.eval_shape(lambda key: policy.init(key, ActionSpace(3), 218, 128), jax.random.key(0))
-    extra = 2 * 65 * (12 + 4 + 3 + 3 + 4 + 3) - 65
+    extra = 2 * 65 * (13 + 4 + 3 + 3 + 4 + 3)
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 128 * 218 + 209128 + extra
 
 
@@ -118,7 +115,6 @@ def test_the_first_policy_is_uniform_but_for_its_biases():
     flat = {
         head: np.zeros((S, HEAD_SIZES[head]) if head in BY_SLOT else (HEAD_SIZES | {"slot": S})[head]) for head in HEADS
     }
-    flat["blueprint"][:, 0] = policy.ILLEGAL_LOGIT  # noop is not offered
     close = partial(np.testing.assert_allclose, atol=0.06)
     for params, expected in (
         (init(jax.random.key(3)), flat),

@@ -10,9 +10,10 @@ from esper_jax.env.environment import make_env
 from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import BLUEPRINTS, Op, Stage
 
-# x + x W, a module of one's own
-LINEAR = Blueprint.from_functions(
-    "linear", lambda key, width: {"w": 0.1 * jax.random.normal(key, (width, width))}, lambda p, x: x + x @ p["w"]
+# x (1 + w), a module of one's own. Nothing in it is summed over: a matrix product is rounded otherwise in a group of
+# another size, and when one environment loses its seed, the groups of others are smaller.
+SCALE = Blueprint.from_functions(
+    "scale", lambda key, width: {"w": 0.1 * jax.random.normal(key, (width,))}, lambda p, x: x * (1 + p["w"])
 )
 
 
@@ -20,7 +21,7 @@ def mapped():
     """A smaller environment, four of which run as two chunks of two: vmap inside, a loop outside."""
     cfg = tiny.CONFIG.replace(
         host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2, slots=("r0c0",)),
-        lifecycle=LifecycleConfig(blueprints=(LINEAR,)),
+        lifecycle=LifecycleConfig(blueprints=(SCALE,)),
     )
     env = make_env(cfg, tiny.dataset())
     init = jax.jit(jax.vmap(env.init))

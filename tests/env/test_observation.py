@@ -105,7 +105,7 @@ def test_a_blending_seed():
     }  # fmt: skip
     check(inputs(slots), {f"r0c0.{name}": value for name, value in expected.items()} | {"slots_blending": 0.5})
     found = values(inputs(slots))
-    assert [k for k in range(len(SPACE.offered)) if found[f"r0c0.blueprint[{k}]"]] == [SPACE.offered.index(3)]
+    assert [k for k in range(len(SPACE.blueprints)) if found[f"r0c0.blueprint[{k}]"]] == [3]
     assert found["r0c1.occupied"] == 0
 
 
