@@ -64,7 +64,7 @@ def resident() -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def memory():
-    """Gives back what the compiler freed, a gigabyte after a large program, and forgets programs when there are many."""
+    """Gives back what the compiler freed, a gigabyte after a large program; forgets programs where there are many."""
     yield
     compilation.return_memory()
     if resident() > 3:
