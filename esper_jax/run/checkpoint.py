@@ -119,15 +119,10 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
     return jax.tree.unflatten(jax.tree.structure(template), leaves), step
 
 
-def library():
-    """Orbax, which is slow to import: not before a checkpoint is asked for, or beside something else."""
-    import orbax.checkpoint
-
-    return orbax.checkpoint
-
-
 def _orbax():
-    return library().StandardCheckpointer()
+    import orbax.checkpoint  # slow to import: not before a checkpoint is asked for
+
+    return orbax.checkpoint.StandardCheckpointer()
 
 
 def _key(number: int) -> str:

@@ -62,7 +62,7 @@ def backend() -> str:
     try:
         return jax.default_backend()
     except Exception as error:  # an AssertionError without a word among others
-        asked = jax.config.read("jax_platforms") or "unset"
+        asked = jax.config.jax_platforms or "unset"  # type: ignore[attr-defined]
         reason = f" ({error})" if str(error) else ""
         raise ValueError(
             f"JAX_PLATFORMS = {asked}: must name a platform that JAX finds here, such as cpu{reason}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -167,8 +166,6 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
     start = int(run.round)
     log = records.RoundLog(folder / "rounds", start)
-    if every and start < rounds:
-        threading.Thread(target=_import_orbax, daemon=True).start()
     with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             run, metrics = job.train.update(job.key, run)
@@ -178,12 +175,6 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
             if every and ((number + 1) % every == 0 or number + 1 == rounds):
                 checkpoint.save(folder, number + 1, run, job.meta)
     return run, log.stacked()
-
-
-def _import_orbax() -> None:
-    """It takes a second, and is not needed before the first round is over: beside that."""
-    with contextlib.suppress(Exception):  # who needs it will say what is wrong
-        checkpoint.library()
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
