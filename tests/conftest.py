@@ -41,6 +41,7 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A group for each file, or for files that belong together."""
 
