@@ -41,18 +41,29 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def group(nodeid: str) -> str:
+    """The file of a test, or what its file belongs to."""
+    name = pathlib.Path(nodeid.partition("::")[0]).stem
+    return TOGETHER.get(name, name)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """A process takes whole groups. (`--dist loadgroup` of xdist 3.8 does not see its marks under pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid)
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """A group for each file, or for files that belong together."""
-
-    def group(item):
-        return TOGETHER.get(item.module.__name__, item.module.__name__)
-
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
         if item.module.__name__ in FAST and "slow" not in item.keywords:
             item.add_marker("fast")
-    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+    items.sort(key=lambda item: LONG.index(group(item.nodeid)) if group(item.nodeid) in LONG else len(LONG))
 
 
 def resident() -> float:
