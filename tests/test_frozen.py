@@ -2,22 +2,21 @@
 
 Floating-point sums differ between jax versions, platforms and the vector instructions of a CPU, so there is one hash of
 all numbers per combination; an unknown combination is skipped. Beside it are a few smooth numbers that any CPU has to
-meet within 0.1 %. After an intended change: `python -m tests.test_frozen --renew --numbers` once, then without
-`--numbers` on every other combination.
+meet within 0.1 %. After an intended change: `PYTHONPATH=tests python -m tests.test_frozen --renew --numbers` once, then
+without `--numbers` on every other combination.
 """
 
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import numpy as np
 import pytest
+import tiny_run
 
 from esper_jax import make_train, presets
 from experiments import audit
@@ -37,20 +36,10 @@ def combination() -> str:
     return f"jax {jax.__version__} {jax.default_backend()} {vector}, {os.cpu_count()} cores"
 
 
-def use_the_same_devices() -> None:
-    """As in conftest.py."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 4)
-
-
 @functools.cache
 def measured():
-    """What `run` returns, from a process that compiles as a user's does: the flags of the tests are not inherited."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS", raising=False)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn, initializer=use_the_same_devices) as pool:
-            return pool.submit(run).result()
+    """What `run` returns where programs are compiled as a user's are."""
+    return tiny_run.as_users_compile(run)
 
 
 def run():
@@ -89,7 +78,7 @@ def numbers() -> dict[str, list[float]]:
 def test_smoke_run_is_frozen():
     pinned = json.loads(PINNED.read_text())["digest"]
     if combination() not in pinned:
-        pytest.skip(f"nothing pinned for {combination()}; pin it with: python -m tests.test_frozen --renew")
+        pytest.skip(f"nothing pinned for {combination()}: PYTHONPATH=tests python -m tests.test_frozen --renew")
     assert digest() == pinned[combination()], "the smoke run's numbers changed; if intended, renew them (see above)"
 
 
@@ -109,7 +98,6 @@ def test_the_paired_return_ranks_controllers_by_their_gain():
 
 
 if __name__ == "__main__" and "--renew" in sys.argv:
-    use_the_same_devices()
     table = json.loads(PINNED.read_text())
     table["digest"][combination()] = digest()
     table["digest"] = dict(sorted(table["digest"].items()))

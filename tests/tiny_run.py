@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import multiprocessing
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import jax
+import pytest
 import tiny
 
 from esper_jax import make_train
@@ -23,6 +26,22 @@ CONFIG = tiny.CONFIG.replace(
 )
 ARMS = ("never", "eager", "random", "policy", "policy_greedy")
 ROWS = ("never", "eager", "random", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
+
+
+def as_users_compile(function, optimised=True):
+    """What a function of a test module returns in a process of its own, where the tests' flags for XLA do not hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_like_a_test, initargs=(optimised,)) as pool:
+            return pool.submit(function).result()
+
+
+def _like_a_test(optimised: bool) -> None:
+    """As in conftest.py."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 @functools.cache
