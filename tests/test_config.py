@@ -29,6 +29,7 @@ from esper_jax.network import blueprints
 from esper_jax.types import BLUEPRINTS, CNN_BLUEPRINTS, ActionSpace
 
 SIZES = [(name, data) for name in ("smoke", "quick", "full") for data in ("digits", "cifar10", "shapes")]
+ONCE = r"each once \(in Python also Blueprint objects\)"
 REFUSED = [
     (HostConfig, "n_blocks", 1, r"in \[2, 16\]"),
     (HostConfig, "n_blocks", 17, r"in \[2, 16\]"),
@@ -63,8 +64,8 @@ REFUSED = [
     (LifecycleConfig, "blueprints", (), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("noop",), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("conv_lite",), "one or more of conv_light, attention"),
-    (LifecycleConfig, "blueprints", ("norm", "loro"), "one or more of .*, each once \\(in Python also Bl"),
-    (LifecycleConfig, "blueprints", ("norm", "norm"), "one or more of .*, each once \\(in Python also Bl"),
+    (LifecycleConfig, "blueprints", ("norm", "loro"), f"one or more of conv_light, .*, flex_attention, {ONCE}$"),
+    (LifecycleConfig, "blueprints", ("norm", "norm"), f"one or more of conv_light, .*, flex_attention, {ONCE}$"),
     (LifecycleConfig, "sequential", 1, "bool$"),
     (LifecycleConfig, "strict_min_improvement", -101.0, r"in \[-100, 100\]"),
     (LifecycleConfig, "strict_min_contribution", 101.0, r"in \[-100, 100\]"),

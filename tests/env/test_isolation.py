@@ -21,7 +21,7 @@ def mapped():
     """A smaller environment, four of which run as two chunks of two: vmap inside, a loop outside."""
     cfg = tiny.CONFIG.replace(
         host=HostConfig(n_blocks=2, base_channels=4, pool_layers=2, slots=("r0c0",)),
-        lifecycle=LifecycleConfig(blueprints=(SCALE,)),
+        lifecycle=LifecycleConfig(blueprints=("norm", SCALE)),
     )
     env = make_env(cfg, tiny.dataset())
     init = jax.jit(jax.vmap(env.init))
@@ -39,8 +39,13 @@ def test_a_nan_in_one_environment_leaves_the_others_bitwise_alone():
     others = np.array([0, 2, 3])
 
     good = step(keys, init(keys), everyone())[0]
-    good = step(keys, good, everyone(Op.GERMINATE, 0, blueprint=len(BLUEPRINTS)))[0]
-    assert good.slots.blueprint.tolist() == [[13]] * 4 and (np.abs(good.model.seeds[0].params).sum(1) > 0).all()
+    norm, own = BLUEPRINTS.index("norm"), len(BLUEPRINTS)
+    germinate = everyone(Op.GERMINATE, 0).replace(blueprint=jnp.array([norm, norm, own, norm]))
+    good = step(keys, good, germinate)[0]
+    assert (
+        good.slots.blueprint[:, 0].tolist() == [norm, norm, own, norm]
+        and (np.abs(good.model.seeds[0].params).sum(1) > 0).all()
+    )
     host = good.model.host
     spoil = lambda tree: jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), tree)
     bad_host = host.replace(params=spoil(host.params), stats=spoil(host.stats))

@@ -87,6 +87,15 @@ def test_exponential_mean_by_hand():
     assert state.count == pytest.approx(5.0001)
 
 
+def test_an_exponential_mean_that_keeps_nothing():
+    """A constant feature has variance 0, and is normalised all the same."""
+    state = scalars.exponential_update(N.init(1), jnp.full((1000, 1), 5.0), momentum=0.0)
+    assert state.var == 0
+    np.testing.assert_allclose(
+        N.normalise(state, jnp.array([[5.0], [5.01], [6.0], [-6.0]]))[:, 0], [0, 1, 10, -10], 1e-4
+    )
+
+
 def test_rewards_by_hand():
     # 1 is only clamped; 2: deviation of (1, 2) is sqrt(0.5), 2/0.7071 = 2.828427; 3: deviation of (1, 2, 3) is 1
     state, out = scalars.reward_update_and_normalise(scalars.reward_init(), jnp.array([1.0, 2.0, 3.0]))
