@@ -100,7 +100,7 @@ def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None
         return None
     or_none = " or none" if none else ""
     entries = value if several else (value,)
-    if not (isinstance(entries, tuple) and all(_is_a(other or kind, entry) or _is_a(kind, entry) for entry in entries)):
+    if not (isinstance(entries, tuple) and all(_is_a(kind, entry) or _is_a(other, entry) for entry in entries)):
         limits = f", {bounds}" if str(bounds) else ""
         kinds = kind.__name__ + (f" or {other.__name__}" if other else "")
         return f"a tuple of {kinds}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
@@ -115,8 +115,10 @@ def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None
     return None
 
 
-def _is_a(kind: type, value: Any) -> bool:
+def _is_a(kind: type | None, value: Any) -> bool:
     """Of the type of a field: True is no number, a whole number does for a float, 2.0 does not for an int."""
+    if kind is None:
+        return False
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -452,14 +454,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """What `to_json` writes: a module that was given as an object is known by its name alone."""
-        names = tuple(map(_name, self.lifecycle.blueprints))
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lifecycle = {f.name: getattr(self.lifecycle, f.name) for f in dataclasses.fields(self.lifecycle)}
-        fields["lifecycle"] = lifecycle | {"blueprints": names}
-        return {
-            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-            for name, value in fields.items()
-        }
+        # not `asdict`, which would copy what those objects hold
+        tree = {name: dict(vars(part)) if dataclasses.is_dataclass(part) else part for name, part in vars(self).items()}
+        tree["lifecycle"]["blueprints"] = tuple(map(_name, self.lifecycle.blueprints))
+        return tree
 
     @classmethod
     def from_json(cls, text: str) -> Config:

@@ -77,7 +77,7 @@ BLUEPRINTS = (
     "noop", "conv_light", "attention", "norm", "depthwise", "bottleneck", "conv_small", "conv_heavy",
     "lora", "lora_large", "mlp_small", "mlp", "flex_attention",
 )  # fmt: skip
-CNN_BLUEPRINTS, TRANSFORMER_BLUEPRINTS = BLUEPRINTS[:8], BLUEPRINTS[8:]
+CNN_BLUEPRINTS = BLUEPRINTS[:8]
 # Values behind the indices of the other action heads.
 STYLES = ("linear_add", "linear_multiply", "sigmoid_add", "gated_gate")
 STYLE_ALGORITHM = (AlphaAlgorithm.ADD, AlphaAlgorithm.MULTIPLY, AlphaAlgorithm.ADD, AlphaAlgorithm.GATE)

@@ -28,7 +28,6 @@ from esper_jax.enums import (  # noqa: F401 (enums are used from here)
     STYLE_CURVE,
     STYLES,
     TEMPO_EPOCHS,
-    TRANSFORMER_BLUEPRINTS,
     AlphaAlgorithm,
     AlphaCurve,
     AlphaMode,

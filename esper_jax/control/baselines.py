@@ -181,15 +181,18 @@ def _require_slots(scripted: np.ndarray, n_slots: int) -> None:
             raise ValueError(f"script: step {step}: slot = {slot}: must be 0 to {n_slots - 1}")
 
 
-# Words of a script file for the values of each head but slot and blueprint.
-_WORDS = {
-    "style": STYLES,
-    "tempo": tuple(map(str, TEMPO_EPOCHS)),
-    "alpha_target": tuple(map(str, ALPHA_TARGETS)),
-    "alpha_speed": tuple(map(str, ALPHA_SPEED_EPOCHS)),
-    "alpha_curve": tuple(curve.name.lower() for curve in ALPHA_CURVES),
-    "op": tuple(op.name.lower() for op in Op),
-}
+def _words(lifecycle: LifecycleConfig) -> dict[str, dict[str, int]]:
+    """Words of a script file for the indices of each head but `slot`."""
+    tables = {
+        "style": STYLES,
+        "tempo": TEMPO_EPOCHS,
+        "alpha_target": ALPHA_TARGETS,
+        "alpha_speed": ALPHA_SPEED_EPOCHS,
+        "alpha_curve": [curve.name.lower() for curve in ALPHA_CURVES],
+        "op": [op.name.lower() for op in Op],
+    }
+    words = {head: {str(value): index for index, value in enumerate(values)} for head, values in tables.items()}
+    return words | {"blueprint": {name: lifecycle.catalog.index(name) for name in lifecycle.offered}}
 
 
 def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> list[Action]:
@@ -206,10 +209,11 @@ def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> l
       ValueError: naming line, field, value and what is allowed.
     """
     decisions: dict[int, Action] = {}
+    words = _words(lifecycle)
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if line:
-            decision, action = _parse_line(number, line, lifecycle)
+            decision, action = _parse_line(number, line, words)
             if decision in decisions:
                 raise _script_error(number, "decision", decision, "a number that no other line has")
             decisions[decision] = action
@@ -220,31 +224,30 @@ def _script_error(line: int, field: str, value: object, allowed: str) -> ValueEr
     return ValueError(f"script line {line}: {field} = {str(value)!r}: must be {allowed}")
 
 
-def _parse_line(number: int, line: str, lifecycle: LifecycleConfig) -> tuple[int, Action]:
+def _parse_line(number: int, line: str, words: dict[str, dict[str, int]]) -> tuple[int, Action]:
     decision, _, rest = (part.strip() for part in line.partition(":"))
     if not decision.isdecimal():
         raise _script_error(number, "decision", decision, "a number from 0, followed by a colon")
     name, *pairs = rest.split() or [""]
-    op = Op(_parse_word(number, "op", name, lifecycle))
+    op = Op(_parse_word(number, "op", name, words))
     given = {}
     for pair in pairs:
         head, _, word = pair.partition("=")
         if head not in RELEVANT_HEADS[op] or head in given:
             allowed = ", ".join(RELEVANT_HEADS[op]) or "left out"
             raise _script_error(number, "field", head, f"{allowed} (for {name}), each at most once")
-        given[head] = _parse_word(number, head, word, lifecycle)
+        given[head] = _parse_word(number, head, word, words)
     for head in ("slot", "blueprint"):
         if head in RELEVANT_HEADS[op] and head not in given:
             raise _script_error(number, head, "", f"given for {name}")
     return int(decision), Action(op=jnp.int32(op)).replace(**{head: jnp.int32(i) for head, i in given.items()})
 
 
-def _parse_word(number: int, head: str, word: str, lifecycle: LifecycleConfig) -> int:
+def _parse_word(number: int, head: str, word: str, words: dict[str, dict[str, int]]) -> int:
     if head == "slot":
         if not word.isdecimal():
             raise _script_error(number, head, word, "a slot's number from 0")
         return int(word)
-    words = lifecycle.offered if head == "blueprint" else _WORDS[head]
-    if word not in words:
-        raise _script_error(number, head, word, f"one of {', '.join(words)}")
-    return (lifecycle.catalog if head == "blueprint" else words).index(word)
+    if word not in words[head]:
+        raise _script_error(number, head, word, f"one of {', '.join(words[head])}")
+    return words[head][word]

@@ -117,7 +117,7 @@ DETECTORS: Mapping[str, Detector] = {"non_finite": non_finite, "lobotomy": lobot
 
 
 def fired(
-    state: GovernorState,
+    stats: Statistics,
     loss: Array,
     *,
     cfg: GovernorConfig,
@@ -125,7 +125,6 @@ def fired(
     detectors: Mapping[str, Detector] = DETECTORS,
 ) -> dict[str, Array]:
     """What every detector says about one loss on its own, bool[] by name: to compare detectors on the same trace."""
-    stats = statistics(state, cfg)
     return {name: detector(stats, loss, cfg, random_guess_loss) for name, detector in detectors.items()}
 
 
@@ -145,7 +144,7 @@ def check(
     """
     loss = jnp.asarray(loss, jnp.float32)
     stats = statistics(state, cfg)
-    alarms = fired(state, loss, cfg=cfg, random_guess_loss=random_guess_loss, detectors=detectors)
+    alarms = fired(stats, loss, cfg=cfg, random_guess_loss=random_guess_loss, detectors=detectors)
     reason = jnp.where(
         alarms["non_finite"],
         PanicReason.NON_FINITE,

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,10 +24,12 @@ _backend = os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 finally:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
@@ -119,7 +121,7 @@ def learning(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
     panels[2].set_ylim(0, 1.05)
     for axes in panels:
         axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        _whole_numbers(axes.xaxis)
         _plain_axes(axes)
     figure.suptitle(f"Training on {data}: {policies} x {envs} environments per round (policies x environments)")
     return figure, (
@@ -226,7 +228,7 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
         axes.set_title(f"{name}: test accuracy of what was kept {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
     panels[-1].set_xlabel("epoch of the host's training")
     panels[-1].set_xlim(0.5, epochs + 0.5)
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    _whole_numbers(panels[-1].xaxis)
     handles: list[Patch | Line2D] = [Line2D([], [], color="red", linestyle=":", label="rollback")]
     handles[:0] = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
@@ -256,6 +258,11 @@ def _swimlanes(
     axes.set_yticks(np.arange(n_slots) + 0.42, [f"slot {s}" for s in reversed(range(n_slots))])
     axes.set_ylim(-0.1, n_slots)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _whole_numbers(axis: Axis) -> None:
+    """Ticks at whole epochs and rounds."""
+    cast(MaxNLocator, axis.get_major_locator()).set_params(integer=True)  # what a linear axis starts with
 
 
 def _plain_axes(axes: Axes) -> None:
@@ -295,6 +302,6 @@ def _label_ends(axes: Axes, last: int, ends: dict[str, float], names: list[str])
             name, (last, ends[name]), (last * 1.05, height + shift), color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+    _whole_numbers(axes.xaxis)
     axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
     axes.set_xlim(1, last * 1.25)

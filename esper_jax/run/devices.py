@@ -62,7 +62,7 @@ def backend() -> str:
     try:
         return jax.default_backend()
     except Exception as error:  # an AssertionError without a word among others
-        asked = jax.config.jax_platforms or "unset"  # type: ignore[attr-defined]
+        asked = jax.config.jax_platforms or "unset"  # type: ignore[attr-defined]  # JAX makes these at run time
         reason = f" ({error})" if str(error) else ""
         raise ValueError(
             f"JAX_PLATFORMS = {asked}: must name a platform that JAX finds here, such as cpu{reason}"

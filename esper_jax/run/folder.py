@@ -12,7 +12,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # not a Unix: nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module or nothing: no type says that
 
 LOCK = "lock"
 

@@ -100,7 +100,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz that is either complete or absent; equal arrays give equal bytes."""
     work = path.with_name(path.name + ".tmp")
     with open(work, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # taken for `allow_pickle`
         file.flush()
         os.fsync(file.fileno())
     work.replace(path)

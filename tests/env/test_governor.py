@@ -130,7 +130,7 @@ def test_lobotomy_needs_a_history_below_its_threshold():
 def test_order_of_reasons():
     # inside the band and above every threshold: both rules apply, lobotomy is named
     state = G.init(CFG).replace(history=jnp.full(20, 0.5), count=jnp.int32(20))
-    on = G.fired(state, jnp.float32(14.0), cfg=CFG, random_guess_loss=14.0)
+    on = G.fired(G.statistics(state, CFG), jnp.float32(14.0), cfg=CFG, random_guess_loss=14.0)
     assert jax.tree.map(bool, on) == {"non_finite": False, "lobotomy": True, "divergence": True}
     _, verdict = G.check(state, jnp.float32(14.0), cfg=CFG, random_guess_loss=14.0)
     assert verdict.reason == PanicReason.LOBOTOMY and verdict.panic
@@ -143,7 +143,13 @@ def test_another_detector_can_take_a_name():
     for consecutive in (1, 2, 3):
         state, verdict = G.check(state, jnp.float32(3.5), cfg=CFG, random_guess_loss=LN10, detectors=table)
         assert verdict.consecutive == consecutive and verdict.panic == (consecutive == 3)
-    fired = G.fired(state, jnp.float32(3.5), cfg=CFG, random_guess_loss=LN10, detectors={"a": twice, **G.DETECTORS})
+    fired = G.fired(
+        G.statistics(state, CFG),
+        jnp.float32(3.5),
+        cfg=CFG,
+        random_guess_loss=LN10,
+        detectors={"a": twice, **G.DETECTORS},
+    )
     assert fired["a"] and not fired["divergence"]
 
 
