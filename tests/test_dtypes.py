@@ -1,9 +1,10 @@
 """JAX's stricter ways change nothing: 64-bit numbers switched on, no implicit promotion of dtypes, none of ranks.
 
-Everything is only traced. Shapes and dtypes of all that comes out have to be those of JAX's defaults.
+Everything is only traced, with all three at once: promotions raise under either width of numbers, and without them a
+number of 64 bits shows in what comes out. Shapes and dtypes of that have to be those of JAX's defaults.
 """
 
-import functools
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ from esper_jax.env.environment import make_env
 from esper_jax.lifecycle import stages
 from esper_jax.types import Action, ActionSpace
 
-MODES = {
-    "64 bits": functools.partial(jax.enable_x64, True),
-    "dtypes": functools.partial(jax.numpy_dtype_promotion, "strict"),
-    "ranks": functools.partial(jax.numpy_rank_promotion, "raise"),
-}
+
+@contextlib.contextmanager
+def strictest():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 def environment(changes=(), augment=False):
@@ -82,23 +83,11 @@ def signature(tree):
     return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@functools.cache
-def by_default(program):
-    return signature(PROGRAMS[program]())
-
-
-COMBINATIONS = [
-    # a round's programs take long to trace
-    pytest.param(program, mode, marks=[pytest.mark.slow] * (program == "training"))
-    for program in PROGRAMS
-    for mode in MODES
-]
-
-
-@pytest.mark.parametrize(("program", "mode"), COMBINATIONS)
-def test_same_dtypes(program, mode):
-    usual = by_default(program)
-    with MODES[mode]():
+# a round's programs take long to trace
+@pytest.mark.parametrize("program", [pytest.param(p, marks=[pytest.mark.slow] * (p == "training")) for p in PROGRAMS])
+def test_same_dtypes(program):
+    usual = signature(PROGRAMS[program]())
+    with strictest():
         assert signature(PROGRAMS[program]()) == usual
     dtypes = {str(dtype) for _, dtype in usual.values()}
     assert dtypes <= {"float32", "int32", "bool", "key<fry>"}, dtypes
