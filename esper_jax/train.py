@@ -61,7 +61,6 @@ from esper_jax.types import Action, Array, Controller, Masks
 
 # What a run's key is folded with, before the number of the policy, or those of the round and the environment.
 INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
-TWIN_FEATURES = 3  # see `beside_the_twin`
 
 
 @struct.dataclass
@@ -101,6 +100,7 @@ class Rollout:
     masks: Masks
     action: Action
     log_prob: Array  # f32[G, E, T]
+    value: Array  # f32[G, E, T]
     reward: Array  # f32[G, E, T]
     terminal: Array  # bool[G, E, T]
     reset: Array  # bool[G, E, T] the controller's memory was cleared before this row
@@ -192,22 +192,6 @@ def paid(rows: Rollout, components: RewardComponents) -> Rollout:
     return rows.replace(reward=components.total(), info=rows.info.replace(components=components))
 
 
-def beside_the_twin(earned: Array, loss: Array, twin_loss: Array | None, cap: Array) -> Array:
-    """What the critic knows besides the observation, f32[..., T, K]: what the episode has earned before each decision,
-    and the twin's loss and the lead over it that earned it. The policy cannot see these, since a network that is grown
-    in earnest has no twin; without one K is 0.
-
-    Args:
-      earned, loss, twin_loss: f32[..., T] of the transition that each row began.
-    """
-    if twin_loss is None:
-        return jnp.zeros((*loss.shape, 0), jnp.float32)
-    capped = lambda x: jnp.where(jnp.isfinite(x), jnp.minimum(x, cap), cap)
-    known = (jnp.cumsum(earned, -1), capped(twin_loss), capped(twin_loss) - capped(loss))
-    before = lambda x: jnp.concatenate([x[..., :1], x[..., :-1]], -1)
-    return jnp.stack([before(x) for x in known], -1)
-
-
 def make_train(
     cfg: Config,
     dataset: data.Dataset | None = None,
@@ -259,7 +243,9 @@ def make_train(
                 memory, action = select(birth, (memory, Action()), (thought, action))
                 new_state, new_obs, earned, _, info = env.step(jax.random.fold_in(step_key, t), state, action)
                 terminal = info.discount == 0
-                row = Rollout(obs.features, obs.masks, action, extras.log_prob, earned, terminal, reset, info)
+                row = Rollout(
+                    obs.features, obs.masks, action, extras.log_prob, extras.value, earned, terminal, reset, info
+                )
                 return (new_state, new_obs, memory, terminal), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))
@@ -278,7 +264,7 @@ def make_train(
 
         return jax.vmap(jax.vmap(one))(policies, course, twin_loss)
 
-    def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, twin_loss, axis_name):
+    def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
         # the penalty of a rollback keeps its size whatever the other rewards are like
@@ -289,10 +275,10 @@ def make_train(
         scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
         trajectory = ppo.Trajectory(
             features=normalizers.normalise(observations, rows.features),
-            privileged=beside_the_twin(earned / scale, rows.info.val_loss, twin_loss, hypers.reward.loss_cap),
             masks=rows.masks,
             action=rows.action,
             log_prob=rows.log_prob,
+            value=rows.value,
             reward=fine + jnp.clip(earned / scale, -clip, clip),
             terminal=rows.terminal,
             valid=jnp.broadcast_to(decided, rows.reward.shape),
@@ -308,13 +294,12 @@ def make_train(
 
     def learn(keys, run: RunState, rows: Rollout, axis_name):
         played = jax.tree.map(lambda leaf: leaf[:n_policies], rows)
-        twin_loss = None
         if paired:
             policies = jnp.broadcast_to(jnp.arange(n_policies)[:, None], played.reward.shape[:2])
             twin = rows.info.val_loss[n_policies], rows.info.accepted[n_policies]
             twin_loss = jnp.broadcast_to(jax.vmap(reward.last_accepted)(*twin), played.reward.shape)
             played = paid(played, pay(run.hypers, policies, reward.Course.of(played.info), twin_loss))
-        each = (keys, run.hypers, run.learner, run.observations, run.returns, played, twin_loss)
+        each = (keys, run.hypers, run.learner, run.observations, run.returns, played)
         learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
         return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
 
@@ -326,7 +311,7 @@ def make_train(
 
     def start(key, hypers: Hypers | None = None):
         def one(key):
-            learner = ppo.init_learner(key, cfg.ppo, space, n_features, TWIN_FEATURES if paired else 0)
+            learner = ppo.init_learner(key, cfg.ppo, space, n_features)
             return learner, normalizers.init(n_features), normalizers.init(1)
 
         def spread(path, leaf):

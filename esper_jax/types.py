@@ -174,9 +174,10 @@ class Observation:
 
 @struct.dataclass
 class Extras:
-    """What the learner needs about a decision; zero from controllers that do not learn."""
+    """What the learner needs about a decision; zeros from controllers that do not learn."""
 
     log_prob: Array = struct.field(default_factory=lambda: jnp.float32(0))  # f32[] joint over the relevant heads
+    value: Array = struct.field(default_factory=lambda: jnp.float32(0))  # f32[]
 
 
 class Controller(NamedTuple):

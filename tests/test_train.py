@@ -15,7 +15,7 @@ from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.env.reward import Course
 from esper_jax.run import devices
 from esper_jax.run.devices import REPLICATED, SHARDED
-from esper_jax.train import Who, beside_the_twin, bind, make_train, round_of
+from esper_jax.train import Who, bind, make_train, round_of
 from esper_jax.types import Op
 
 P, T, E = 2, 12, 8
@@ -101,7 +101,7 @@ def test_rows_of_an_episode():
     assert (rows.action.op[..., 0] == Op.WAIT).all() and rows.terminal[..., -1].all()
     assert not rows.terminal[..., :-1].any() and not rows.reset.any() and not rows.info.panic.any()
     for p in range(P):
-        assert (rows.log_prob[p, :, 1:] < 0).any()
+        assert rows.value[p, :, 1:].any() and (rows.log_prob[p, :, 1:] < 0).any()
     assert (rows.info.legal | (rows.action.op == Op.WAIT)).all()
 
 
@@ -200,19 +200,6 @@ def test_returns_are_the_last_value():
     assert (eager.fossilised > 0).all() and (eager.rollout.info.committed_size[..., -1] > 1).all()
 
 
-def test_what_the_critic_knows_of_the_twin():
-    """A decision comes before its transition: earnings, the twin's loss and the lead are those of the row before."""
-    earned, loss, twin = (
-        jnp.array([0.0, 1, -3, 2]),
-        jnp.array([2.0, 1.5, jnp.nan, 1.0]),
-        jnp.array([2.0, 1.75, 20.0, 1.5]),
-    )
-    known = beside_the_twin(earned, loss, twin, jnp.float32(10))
-    # earned 0, 0 + 1, 1 - 3, ...; a loss that is not finite, or above the cap of 10, counts as 10
-    np.testing.assert_array_equal(known, [[0, 2, 0], [0, 2, 0], [1, 1.75, 0.25], [-2, 10, 0]])
-    assert beside_the_twin(earned, loss, None, jnp.float32(10)).shape == (4, 0)
-
-
 # --- policies side by side ---
 
 
@@ -242,7 +229,7 @@ def test_a_policy_does_not_depend_on_the_others():
     beside, beside_metrics = t.update(key, devices.replicate(changed, devices.make_mesh(1)))
     assert tiny.equal(of_policy(beside, 0), of_policy(after, 0))
     assert tiny.equal(part(beside_metrics, 0), part(metrics, 0))
-    assert not equal(beside_metrics.rollout.log_prob[1], metrics.rollout.log_prob[1])
+    assert not equal(beside_metrics.rollout.value[1], metrics.rollout.value[1])
 
 
 def test_a_grid_of_hypers_is_one_run():

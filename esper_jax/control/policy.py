@@ -1,10 +1,9 @@
 """The learned controller (Esper's Tamiyo): a recurrent actor-critic over masked, op-first action heads.
 
-Linear -> LayerNorm -> ReLU -> LSTM -> LayerNorm, then a two-layer head for every part of an action and for V(s). The
-critic's head may read more than the actor sees (Pinto et al., 2018), since nobody needs it to act. The op is drawn
-first, the slot from those legal for it, then the other parts, whose logits depend on the slot: what is good in one slot
-need not be in another. A head that the op does not read is set to its canonical value (`types.Action()`) and carries
-neither log-probability nor entropy. H is the hidden size, K the number of the critic's own inputs.
+Linear -> LayerNorm -> ReLU -> LSTM -> LayerNorm, then a two-layer head for every part of an action and for V(s). The op
+is drawn first, the slot from those legal for it, then the other parts, whose logits depend on the slot: what is good in
+one slot need not be in another. A head that the op does not read is set to its canonical value (`types.Action()`) and
+carries neither log-probability nor entropy. H is the hidden size.
 """
 
 from __future__ import annotations
@@ -48,8 +47,13 @@ class Carry(NamedTuple):
     hidden: Array  # f32[H]
 
 
-# Unmasked; of op and slot f32[choices], of every other head f32[S, choices], by slot; choices as in the masks.
-Logits = dict[str, Array]
+@struct.dataclass
+class PolicyOutput:
+    """What the network says about one observation."""
+
+    # unmasked; of op and slot f32[choices], of every other head f32[S, choices], by slot; choices as in the masks
+    logits: dict[str, Array]
+    value: Array  # f32[] V(s)
 
 
 @struct.dataclass
@@ -108,10 +112,9 @@ class _Network(nn.Module):
         self.output_norm = nn.LayerNorm(epsilon=NORM_EPS)
         sizes = {head: self._shape(head)[-1] * (1 if head in _FIRST else self.space.n_slots) for head in HEADS}
         # The hidden layers of all heads are one matrix product: the same network, with fewer and larger pieces.
-        heads = len(HEADS)
+        heads = len(HEADS) + 1
         self.head_hidden = nn.Dense(heads * (self.hidden // 2), kernel_init=_orthogonal_blocks(np.sqrt(2), heads))
         self.head_output = {head: _dense(sizes[head], 0.01) for head in HEADS}
-        self.value_hidden = _dense(self.hidden // 2)
         self.value_output = _dense(1, 1.0)
 
     def _shape(self, head: str) -> tuple[int, ...]:
@@ -130,27 +133,19 @@ class _Network(nn.Module):
         hidden = nn.sigmoid(o) * jnp.tanh(cell)
         return Carry(cell, hidden), hidden
 
-    def decide(self, hidden: Array) -> Logits:
-        """f32[..., H] -> logits with the same leading axes."""
+    def decode(self, hidden: Array) -> PolicyOutput:
+        """f32[..., H] -> logits and values with the same leading axes."""
         z = nn.relu(self.head_hidden(self.output_norm(hidden)))
-        return {
+        *actors, critic = jnp.split(z, len(HEADS) + 1, axis=-1)
+        logits = {
             head: self.head_output[head](part).reshape(*part.shape[:-1], *self._shape(head))
-            for head, part in zip(HEADS, jnp.split(z, len(HEADS), axis=-1), strict=True)
+            for head, part in zip(HEADS, actors, strict=True)
         }
+        return PolicyOutput(logits, self.value_output(critic)[..., 0])
 
-    def criticise(self, hidden: Array, privileged: Array) -> Array:
-        """f32[..., H] and f32[..., K] -> values f32[...]."""
-        seen = jnp.concatenate([self.output_norm(hidden), privileged], axis=-1)
-        return self.value_output(nn.relu(self.value_hidden(seen)))[..., 0]
-
-    def __call__(self, carry: Carry, features: Array) -> tuple[Carry, Logits]:
+    def __call__(self, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
         carry, hidden = self.recur(carry, self.encode(features))
-        return carry, self.decide(hidden)
-
-    def everything(self, carry: Carry, features: Array, privileged: Array) -> None:
-        """Reaches every parameter, which `init` asks for."""
-        carry, _ = self(carry, features)
-        self.criticise(carry.hidden, privileged)
+        return carry, self.decode(hidden)
 
 
 def hidden_size(params: dict) -> int:
@@ -165,16 +160,14 @@ def init(
     hidden: int,
     op_bias: Sequence[float] = (0.0,) * len(Op),
     full_alpha_bias: float = 0.0,
-    n_privileged: int = 0,
 ) -> dict:
-    """Fresh parameters for D = `n_features`, H = `hidden`, and K = `n_privileged` numbers that only the critic reads.
+    """Fresh parameters for D = `n_features`, H = `hidden`.
 
     Orthogonal matrices: gain sqrt(2), but 1 in the LSTM and the value output and 0.01 in the outputs of the actor, so
     the first policy is almost uniform but for `op_bias`, the biases of the ops' logits, and `full_alpha_bias`, that of
     alpha target 1. Other biases are 0, that of the forget gate 2.
     """
-    zeros = [jnp.zeros(size, jnp.float32) for size in (n_features, n_privileged)]
-    params = _Network(space, hidden).init(key, initial_carry(hidden), *zeros, method="everything")
+    params = _Network(space, hidden).init(key, initial_carry(hidden), jnp.zeros(n_features, jnp.float32))
     full = [full_alpha_bias * (target == 1.0) for target in ALPHA_TARGETS]
     inner = dict(params["params"])
     for head, bias in (("op", op_bias), ("alpha_target", space.n_slots * full)):
@@ -192,26 +185,19 @@ def reset_carry(carry: Carry, reset: Array) -> Carry:
     return jax.tree.map(lambda x: jnp.where(reset, 0.0, x), carry)
 
 
-def step(space: ActionSpace, params: dict, carry: Carry, features: Array) -> tuple[Carry, Logits]:
+def step(space: ActionSpace, params: dict, carry: Carry, features: Array) -> tuple[Carry, PolicyOutput]:
     """One decision's worth of network: features f32[D], normalised."""
     return _Network(space, hidden_size(params)).apply(params, carry, features)
 
 
 def unroll(
-    space: ActionSpace,
-    params: dict,
-    carry: Carry,
-    features: Array,
-    privileged: Array,
-    resets: Array,
-    valid: Array | None = None,
-) -> tuple[Logits, Array]:
+    space: ActionSpace, params: dict, carry: Carry, features: Array, resets: Array, valid: Array | None = None
+) -> tuple[dict[str, Array], Array]:
     """The network along a sequence.
 
     Args:
       carry: state before the first row.
       features: f32[T, D].
-      privileged: f32[T, K], what the critic reads besides.
       resets: bool[T], the state returns to zero *before* row t: transition t - 1 was terminal.
       valid: bool[T], rows at which the controller acted; the others leave the state as it is. None means all.
 
@@ -229,11 +215,11 @@ def unroll(
 
     gates = network.apply(params, features, method="encode")
     _, hidden = jax.lax.scan(body, carry, (gates, resets, valid))
-    values = network.apply(params, hidden, privileged, method="criticise")
-    return network.apply(params, hidden, method="decide"), values
+    out = network.apply(params, hidden, method="decode")
+    return out.logits, out.value
 
 
-def _given(logits: Logits, slot: Array) -> dict[str, Array]:
+def _given(logits: dict[str, Array], slot: Array) -> dict[str, Array]:
     """Every head's logits f32[choices] once the slot is known."""
     return {head: row if head in _FIRST else row[slot] for head, row in logits.items()}
 
@@ -264,7 +250,9 @@ def masked_entropy(logits: Array, mask: Array) -> Array:
     return jnp.where(legal > 1, entropy / jnp.log(jnp.maximum(legal, 2)), 0.0)
 
 
-def sample(key: Array, logits: Logits, masks: Masks, *, deterministic: Array | bool = False) -> tuple[Action, Array]:
+def sample(
+    key: Array, logits: dict[str, Array], masks: Masks, *, deterministic: Array | bool = False
+) -> tuple[Action, Array]:
     """Draw a decision: op, then slot given op, then the other heads.
 
     `deterministic` (bool[]) takes every head's likeliest legal choice, the first of equals, whatever the key.
@@ -287,7 +275,7 @@ def sample(key: Array, logits: Logits, masks: Masks, *, deterministic: Array | b
     return action, evaluate(logits, masks, action).log_prob
 
 
-def evaluate(logits: Logits, masks: Masks, action: Action) -> Evaluation:
+def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluation:
     """Log-probabilities and normalised entropies of one decision under these logits."""
     relevant = jnp.asarray(RELEVANCE)[action.op]
     table, mask = _table(_given(logits, action.slot)), _mask_table(masks, action.op)
@@ -313,8 +301,8 @@ def make_controller(
         return initial_carry(hidden_size(params))
 
     def act(key: Array, carry: Carry, observation: Observation) -> tuple[Carry, Action, Extras]:
-        carry, logits = step(space, params, carry, normalise(observation.features))
-        action, log_prob = sample(key, logits, observation.masks, deterministic=deterministic)
-        return carry, action, Extras(log_prob=log_prob)
+        carry, out = step(space, params, carry, normalise(observation.features))
+        action, log_prob = sample(key, out.logits, observation.masks, deterministic=deterministic)
+        return carry, action, Extras(log_prob=log_prob, value=out.value)
 
     return Controller(init=start, act=act)

@@ -33,10 +33,10 @@ class Trajectory:
     """
 
     features: Array  # f32[T, E, D] the normalised ones that the policy acted on
-    privileged: Array  # f32[T, E, K] what the critic alone reads besides
     masks: Masks  # bool[T, E, ...]
     action: Action  # i32[T, E]
     log_prob: Array  # f32[T, E] joint over the relevant heads, as sampled
+    value: Array  # f32[T, E] as predicted at the decision
     reward: Array  # f32[T, E] on the scale of the values
     terminal: Array  # bool[T, E] nothing after this transition counts for it
     valid: Array  # bool[T, E]
@@ -48,7 +48,6 @@ class Batch:
     """A trajectory and what is derived from it before the first step; axes [T, E]."""
 
     trajectory: Trajectory
-    value: Array  # f32[T, E] as predicted before the first step
     advantage: Array  # f32[T, E] normalised, 0 where not valid
     returns: Array  # f32[T, E] targets of the value, 0 where not valid
 
@@ -83,11 +82,9 @@ def optimiser(cfg: PPOConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
-def init_learner(
-    key: Array, cfg: PPOConfig, space: ActionSpace, n_features: int, n_privileged: int = 0
-) -> LearnerState:
-    """Fresh policy and optimiser for D = `n_features`, K = `n_privileged`."""
-    params = policy.init(key, space, n_features, cfg.hidden_size, cfg.op_bias, cfg.full_alpha_bias, n_privileged)
+def init_learner(key: Array, cfg: PPOConfig, space: ActionSpace, n_features: int) -> LearnerState:
+    """Fresh policy and optimiser for D = `n_features`."""
+    params = policy.init(key, space, n_features, cfg.hidden_size, cfg.op_bias, cfg.full_alpha_bias)
     return LearnerState(params=params, opt_state=optimiser(cfg).init(params), updates=jnp.int32(0))
 
 
@@ -179,28 +176,24 @@ def normalise_advantages(advantages: Array, valid: Array, *, std_floor: float, a
 
 
 def make_batch(
-    params: Any,
     trajectory: Trajectory,
     bootstrap: Array | None = None,
     *,
     cfg: PPOConfig,
-    space: ActionSpace,
     hypers: Hypers | None = None,
     axis_name: str | None = None,
 ) -> Batch:
-    """Values of a trajectory under these parameters, and the advantages and returns that follow; `bootstrap` f32[E] as
-    in `gae`, None for episodes that all ended."""
+    """Advantages and returns of a trajectory; `bootstrap` f32[E] as in `gae`, None for episodes that all ended."""
     rows, gamma, lam = trajectory, (hypers or cfg).gamma, (hypers or cfg).gae_lambda
     bootstrap = jnp.zeros(rows.reward.shape[1], jnp.float32) if bootstrap is None else bootstrap
-    _, value = _replays(space, params, rows)
 
     def one(reward: Array, value: Array, last: Array, terminal: Array, valid: Array) -> tuple[Array, Array]:
         return gae(reward, value, last, terminal, gamma=gamma, lam=lam, valid=valid)
 
     over_envs = jax.vmap(one, in_axes=(1, 1, 0, 1, 1), out_axes=1)
-    advantages, returns = over_envs(rows.reward, value, bootstrap, rows.terminal, rows.valid)
+    advantages, returns = over_envs(rows.reward, rows.value, bootstrap, rows.terminal, rows.valid)
     advantages = normalise_advantages(advantages, rows.valid, std_floor=cfg.advantage_std_floor, axis_name=axis_name)
-    return Batch(rows, value, advantages, returns)
+    return Batch(trajectory=rows, advantage=advantages, returns=returns)
 
 
 def explained_variance(batch: Batch, *, cfg: PPOConfig, axis_name: str | None = None) -> Array:
@@ -209,7 +202,7 @@ def explained_variance(batch: Batch, *, cfg: PPOConfig, axis_name: str | None = 
     The denominator is not taken below `advantage_std_floor` squared, so returns that hardly differ give no huge number.
     """
     rows = batch.trajectory
-    error = batch.returns - jnp.where(rows.valid, batch.value, 0.0)
+    error = batch.returns - jnp.where(rows.valid, rows.value, 0.0)
     _, residual = _moments(error, rows.valid, axis_name)
     _, total = _moments(batch.returns, rows.valid, axis_name)
     return 1.0 - residual / jnp.maximum(total, cfg.advantage_std_floor**2)
@@ -218,15 +211,10 @@ def explained_variance(batch: Batch, *, cfg: PPOConfig, axis_name: str | None = 
 def _replay(space: ActionSpace, params: Any, rows: Trajectory) -> tuple[policy.Evaluation, Array]:
     """The decisions of ONE environment, rows [T, ...], under these parameters: evaluations and values f32[T]."""
     # Zeros where not valid: a NaN there would reach the gradient through the branch that `where` drops.
-    features, privileged = (jnp.where(rows.valid[:, None], x, 0.0) for x in (rows.features, rows.privileged))
+    features = jnp.where(rows.valid[:, None], rows.features, 0.0)
     carry = policy.initial_carry(policy.hidden_size(params))
-    logits, values = policy.unroll(space, params, carry, features, privileged, rows.reset, rows.valid)
+    logits, values = policy.unroll(space, params, carry, features, rows.reset, rows.valid)
     return jax.vmap(policy.evaluate)(logits, rows.masks, rows.action), values
-
-
-def _replays(space: ActionSpace, params: Any, rows: Trajectory) -> tuple[policy.Evaluation, Array]:
-    """The same of all environments: evaluations and values f32[T, E]."""
-    return jax.vmap(lambda env: _replay(space, params, env), in_axes=1, out_axes=1)(rows)
 
 
 def loss(
@@ -252,7 +240,7 @@ def loss(
       negative (Schulman, 2020).
     """
     rows, clip_ratio = batch.trajectory, (hypers or cfg).clip_ratio
-    evaluation, values = _replays(space, params, rows)
+    evaluation, values = jax.vmap(lambda env: _replay(space, params, env), in_axes=1, out_axes=1)(rows)
     decided = rows.valid & jnp.delete(rows.masks.op, int(Op.WAIT), axis=-1).any(-1)
 
     log_ratio = jnp.where(decided, evaluation.log_prob - rows.log_prob, 0.0)
@@ -316,7 +304,7 @@ def update(
     if n_envs % cfg.minibatches:
         raise ValueError(f"{n_envs} environments cannot be split into {cfg.minibatches} equal minibatches")
     hypers = Hypers.from_config(cfg) if hypers is None else hypers
-    batch = make_batch(learner.params, trajectory, bootstrap, cfg=cfg, space=space, hypers=hypers, axis_name=axis_name)
+    batch = make_batch(trajectory, bootstrap, cfg=cfg, hypers=hypers, axis_name=axis_name)
     coef = entropy_coef(learner.updates, cfg, hypers)
     transform = optimiser(cfg)
     objective = partial(loss, cfg=cfg, space=space, entropy_coef=coef, hypers=hypers, axis_name=axis_name)

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from esper_jax.enums import LEARNED
 from esper_jax.train import Comparison, Metrics, Rollout
 from esper_jax.types import Op, PanicReason, Stage
 
@@ -40,7 +41,7 @@ _MASK = {
     "gate_passed": "gate_valid",
 }
 # Fields that only a decision has; the first epoch of an episode comes before any.
-_OF_DECISIONS = ("requested_op", "op", "slot", "legal", "success", "gate_level", "gate_passed", "reward")
+_OF_DECISIONS = ("requested_op", "op", "slot", "legal", "success", "gate_level", "gate_passed", "reward", "value")
 
 
 def rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
@@ -49,7 +50,7 @@ def rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
     fields = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     components = fields.pop("components")
     fields |= {f"reward_{f.name}": getattr(components, f.name) for f in dataclasses.fields(components)}
-    fields |= {"reward": jax.device_get(rollout.reward)}
+    fields |= {"reward": jax.device_get(rollout.reward), "value": jax.device_get(rollout.value)}
     del fields["per_class"], fields["episode_over"]
     arrays = {name: np.asarray(field) for name, field in fields.items()}
     decisions = np.zeros(arrays["reward"].shape, bool)
@@ -84,6 +85,8 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[s
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
+        if name not in LEARNED:  # a rule predicts nothing
+            arrays["value"] = np.full_like(arrays["value"], np.nan)
         arrays["test_per_class"] = np.where(test.per_class_valid, test.per_class, np.float32(np.nan))
         per_arm.append(arrays)
         names += [name] * len(test.accuracy)

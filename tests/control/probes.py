@@ -137,8 +137,8 @@ def rollout(key: Array, params, probe: Array) -> ppo.Trajectory:
             carry, action, extras = controller.act(act_key, carry, observation)
             new_state, new_observation, reward, done = step(step_key, state, action)
             row = ppo.Trajectory(
-                features=observation.features, privileged=jnp.zeros(0), masks=observation.masks, action=action,
-                log_prob=extras.log_prob, reward=reward, terminal=done, valid=jnp.bool_(True), reset=state.t == 0,
+                features=observation.features, masks=observation.masks, action=action, log_prob=extras.log_prob,
+                value=extras.value, reward=reward, terminal=done, valid=jnp.bool_(True), reset=state.t == 0,
             )  # fmt: skip
             return (new_state, new_observation, carry), row
 

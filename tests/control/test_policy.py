@@ -22,10 +22,10 @@ from esper_jax.types import (
     Op,
 )
 
-D, S, H, T, K = 7, 3, 8, 6, 2
-SPACE, ZEROS = ActionSpace(S), jnp.zeros((T, K))
+D, S, H, T = 7, 3, 8, 6
+SPACE = ActionSpace(S)
 BY_SLOT = [head for head in HEADS if head not in ("op", "slot")]  # whose logits depend on the slot
-init = jax.jit(lambda key: policy.init(key, SPACE, D, H, n_privileged=K))
+init = jax.jit(lambda key: policy.init(key, SPACE, D, H))
 step = jax.jit(partial(policy.step, SPACE))
 unroll = jax.jit(partial(policy.unroll, SPACE))
 entropy_and_grad = jax.jit(jax.value_and_grad(policy.masked_entropy))
@@ -51,7 +51,7 @@ def all_legal():
     return Masks(**heads, slot=jnp.ones(S, bool), slot_by_op=jnp.ones((len(Op), S), bool))
 
 
-def forward_in_numpy(params, features, privileged):
+def forward_in_numpy(params, features):
     """The network written out once more, row by row; returns logits and values."""
     p = jax.tree.map(np.float64, params["params"])
     dense = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]
@@ -63,17 +63,15 @@ def forward_in_numpy(params, features, privileged):
         return scaled * p[name]["scale"] + p[name]["bias"]
 
     cell, hidden, out = np.zeros(H), np.zeros(H), []
-    for x, more in zip(features, privileged, strict=True):
+    for x in features:
         gates = dense(relu(norm(dense(x, "encoder"), "encoder_norm")), "gates") + hidden @ p["recurrent"]
         i, f, g, o = np.split(gates, 4)
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
         hidden = sigmoid(o) * np.tanh(cell)
-        seen = norm(hidden, "output_norm")
-        parts = np.split(relu(dense(seen, "head_hidden")), 8)
+        parts = np.split(relu(dense(norm(hidden, "output_norm"), "head_hidden")), 9)
         logits = {head: dense(parts[i], f"head_output_{head}") for i, head in enumerate(HEADS)}
         logits |= {head: logits[head].reshape(S, -1) for head in BY_SLOT}
-        critic = relu(dense(np.concatenate([seen, more]), "value_hidden"))
-        out.append((logits, dense(critic, "value_output")[0]))
+        out.append((logits, dense(parts[8], "value_output")[0]))
     return {head: np.stack([row[0][head] for row in out]) for head in HEADS}, np.array([row[1] for row in out])
 
 
@@ -94,15 +92,14 @@ def test_initialisation():
     singular_values(p["encoder"]["kernel"], np.sqrt(2))
     singular_values(p["gates"]["kernel"], 1)
     singular_values(p["recurrent"], 1)
-    for block in np.split(p["head_hidden"]["kernel"], 8, axis=1):
+    for block in np.split(p["head_hidden"]["kernel"], 9, axis=1):
         singular_values(block, np.sqrt(2))
     for head in HEADS:
         singular_values(p[f"head_output_{head}"]["kernel"], 0.01)
-    singular_values(p["value_hidden"]["kernel"], np.sqrt(2))
     singular_values(p["value_output"]["kernel"], 1)
     # Gates i, f, g, o; the forget gate is the second.
     np.testing.assert_array_equal(p["gates"]["bias"], np.repeat([0, 2, 0, 0], H))
-    for name in ("encoder", "head_hidden", "value_hidden", "value_output", *(f"head_output_{head}" for head in HEADS)):
+    for name in ("encoder", "head_hidden", "value_output", *(f"head_output_{head}" for head in HEADS)):
         assert not p[name]["bias"].any()
 
 
@@ -111,9 +108,9 @@ def test_the_first_policy_is_uniform_but_for_its_biases():
 
     Outputs of gain .01 move a logit by some hundredths, whatever is seen."""
     op_bias, full = (1.0, 0.0, 0.5, -3.0, 3.0, 2.0), 2.0
-    biased = jax.jit(lambda key: policy.init(key, SPACE, D, H, op_bias, full, K))(jax.random.key(3))
+    biased = jax.jit(lambda key: policy.init(key, SPACE, D, H, op_bias, full))(jax.random.key(3))
     x = jnp.asarray(np.random.default_rng(4).normal(size=(5, D)), jnp.float32)
-    once = lambda params, x: policy.step(SPACE, params, policy.initial_carry(H), x)[1]
+    once = lambda params, x: policy.step(SPACE, params, policy.initial_carry(H), x)[1].logits
     see = jax.jit(jax.vmap(once, (None, 0)))
     flat = {
         head: np.zeros((S, HEAD_SIZES[head]) if head in BY_SLOT else (HEAD_SIZES | {"slot": S})[head]) for head in HEADS
@@ -135,9 +132,9 @@ def test_the_first_policy_is_uniform_but_for_its_biases():
 
 def test_network_against_numpy(params):
     features = np.random.default_rng(1).normal(size=(T, D)).astype(np.float32)
-    more, resets = np.random.default_rng(5).normal(size=(T, K)).astype(np.float32), jnp.zeros(T, bool)
-    logits, values = unroll(params, policy.initial_carry(H), features, more, resets)
-    expected_logits, expected_values = forward_in_numpy(params, features, more)
+    resets = jnp.zeros(T, bool)
+    logits, values = unroll(params, policy.initial_carry(H), features, resets)
+    expected_logits, expected_values = forward_in_numpy(params, features)
     chex.assert_trees_all_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(values, expected_values, rtol=1e-4, atol=1e-5)
 
@@ -146,19 +143,16 @@ def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
     features = np.random.default_rng(2).normal(size=(T, D)).astype(np.float32)
     resets = np.array([False, False, True, False, False, True])
     start = policy.Carry(jnp.full(H, 0.5), jnp.full(H, -0.2))  # as left by earlier rows
-    logits, values = unroll(params, start, features, ZEROS, resets)
+    logits, values = unroll(params, start, features, resets)
     carry, outputs = start, []
     for x, reset in zip(features, resets, strict=True):
         carry, out = step(params, policy.initial_carry(H) if reset else carry, x)
         outputs.append(out)
     rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-    chex.assert_trees_all_close(logits, rows, rtol=1e-5, atol=1e-6)
-    # what the critic alone reads moves values and nothing else, each its own row's
-    seen, moved = unroll(params, start, features, ZEROS.at[2].set(1.0), resets)
-    chex.assert_trees_all_equal(seen, logits)
-    assert (moved != values).tolist() == [row == 2 for row in range(T)]
+    chex.assert_trees_all_close(logits, rows.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values, rows.value, rtol=1e-5, atol=1e-6)
     # What came before a reset is forgotten, what came before a row without one is not.
-    other, _ = unroll(params, policy.initial_carry(H), features, ZEROS, resets)
+    other, _ = unroll(params, policy.initial_carry(H), features, resets)
     assert np.abs(other["op"][:2] - logits["op"][:2]).max() > 1e-3
     np.testing.assert_array_equal(other["op"][2:], logits["op"][2:])
 
@@ -166,8 +160,8 @@ def test_unroll_is_repeated_steps_with_resets_before_the_row(params):
 def test_rows_without_a_decision_leave_the_state(params):
     features = np.random.default_rng(3).normal(size=(T, D)).astype(np.float32)
     valid = np.array([False, True, True, False, True, True])
-    _, values = unroll(params, policy.initial_carry(H), features, ZEROS, np.zeros(T, bool), valid)
-    _, expected = unroll(params, policy.initial_carry(H), features[valid], ZEROS[valid], np.zeros(4, bool))
+    _, values = unroll(params, policy.initial_carry(H), features, np.zeros(T, bool), valid)
+    _, expected = unroll(params, policy.initial_carry(H), features[valid], np.zeros(4, bool))
     np.testing.assert_allclose(values[valid], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -340,9 +334,9 @@ def test_controller(params):
         return controller.act(key, carry, Observation(x, all_legal(), None, None))
 
     def by_hand(key, x):
-        carry, logits = policy.step(SPACE, params, policy.initial_carry(H), x / 2)
-        action, log_prob = policy.sample(key, logits, all_legal())
-        return carry, action, Extras(log_prob)
+        carry, out = policy.step(SPACE, params, policy.initial_carry(H), x / 2)
+        action, log_prob = policy.sample(key, out.logits, all_legal())
+        return carry, action, Extras(log_prob, out.value)
 
     actual, expected = (jax.jit(jax.vmap(act))(keys, x) for act in (by_controller, by_hand))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
