@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from esper_jax.enums import BLUEPRINTS, CNN_BLUEPRINTS, catalog
-from esper_jax.network.blueprints import Blueprint
+from esper_jax.network.blueprints import CNN, Blueprint
 from esper_jax.types import ActionSpace, Op
 
 # Checkers of types see both; the command line and JSON know names alone.
@@ -29,6 +31,8 @@ else:
     _Modules = tuple[str, ...]
 _MOST_INT = 2**31 - 1  # all that is computed is int32 and float32
 _MOST_FLOAT = (2 - 2**-23) * 2.0**127
+MOST_BLOCKS, MOST_EPOCHS = 16, 10_000
+MOST_PARAMS = 10**8  # of a network with all its seeds, of which a run holds one for each environment that it computes
 
 
 class Range(NamedTuple):
@@ -70,7 +74,8 @@ _hints: Callable[[type], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def _check(where: Any) -> None:
-    """Type, finiteness and bounds of every field of a configuration; whole numbers in a field of floats become floats.
+    """Type, finiteness and bounds of every field of a configuration; whole numbers in a field of floats become floats,
+    and NumPy's numbers Python's.
 
     Raises ValueError naming class, field, value and what is allowed. Whatever concerns two fields is the class's own.
     """
@@ -80,8 +85,8 @@ def _check(where: Any) -> None:
         _require(allowed is None, where, field_.name, allowed or "")
         if annotation == tuple[float, ...]:
             object.__setattr__(where, field_.name, tuple(map(float, value)))
-        elif float in _kinds(annotation) and value is not None:
-            object.__setattr__(where, field_.name, float(value))
+        elif value is not None and (kind := _kinds(annotation)[0]) in (int, float):
+            object.__setattr__(where, field_.name, kind(value))
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:
@@ -110,6 +115,12 @@ def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None
         return "finite" + (f" and {bounds}" if str(bounds) else "") + or_none
     if not all(map(bounds.holds, entries)):
         return f"{bounds}{or_none}"
+    if kind is float:  # what it is computed with
+        rounded = [float(np.float32(entry)) for entry in entries]
+        if not all(map(bounds.holds, rounded)):
+            return f"{bounds} also as float32{or_none}"
+        if any(entry != 0 == single for entry, single in zip(entries, rounded, strict=True)):
+            return f"0, or so large that float32 does not round it to 0{or_none}"
     if kind is int and bounds.high == math.inf and any(abs(entry) > _MOST_INT for entry in entries):
         return f"at most {_MOST_INT}{or_none}"
     return None
@@ -120,7 +131,8 @@ def _is_a(kind: type | None, value: Any) -> bool:
     if kind is None:
         return False
     if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        return isinstance(value, numbers) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 
@@ -145,12 +157,12 @@ def _name(entry: str | Blueprint) -> str:
 class HostConfig:
     """The network that is grown: blocks of convolution, BatchNorm, ReLU and (in the first `pool_layers`) max-pool."""
 
-    n_blocks: int = number(3, low=2, high=16)
+    n_blocks: int = number(3, low=2, high=MOST_BLOCKS)
     """number of blocks; the channels double from one to the next"""
-    base_channels: int = number(8, above=0)
+    base_channels: int = number(8, above=0, high=1024)
     """channels of the first block"""
-    pool_layers: int = number(3, low=0)
-    """how many of the first blocks end in a 2x2 max-pool"""
+    pool_layers: int = number(3, low=0, high=MOST_BLOCKS)
+    """how many of the first blocks end in a 2x2 max-pool; at most all of them"""
     kernel_size: int = 3
     """kernel of the convolutions, odd"""
     slots: tuple[str, ...] = ()
@@ -159,6 +171,7 @@ class HostConfig:
     def __post_init__(self):
         _check(self)
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, self, "kernel_size", "odd and positive")
+        _require(self.pool_layers <= self.n_blocks, self, "pool_layers", f"at most n_blocks = {self.n_blocks}")
         boundaries = [f"r0c{i}" for i in range(self.n_blocks)]
         _require_names(self, "slots", boundaries, f"different boundaries out of {', '.join(boundaries)}")
 
@@ -179,6 +192,11 @@ class HostConfig:
     @property
     def slot_widths(self) -> tuple[int, ...]:
         return tuple(self.widths[i] for i in self.slot_blocks)
+
+    def param_count(self, channels: int = 3, classes: int = 10) -> int:
+        """Number of trained parameters; exact where an array could not be made."""
+        pairs = zip((channels, *self.widths), self.widths, strict=False)
+        return sum(self.kernel_size**2 * c * o + 2 * o for c, o in pairs) + (self.widths[-1] + 1) * classes
 
 
 @dataclass(frozen=True)
@@ -201,15 +219,16 @@ class DataConfig:
     def __post_init__(self):
         _check(self)
         _require(self.image_size in (None, 8, 16, 32), self, "image_size", "8, 16, 32 or none")
+        _require(self.data_dir != "", self, "data_dir", "the name of a folder, or none")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a host and its seeds are trained. SGD with momentum; lr and decay as in the reference."""
 
-    epochs: int = number(25, low=2)
+    epochs: int = number(25, low=2, high=MOST_EPOCHS)
     """epochs of an episode (T); the first one is part of `reset`, so an episode has T - 1 decisions"""
-    batches_per_epoch: int = number(24, above=0)
+    batches_per_epoch: int = number(24, above=0, high=10_000)
     batch_size: int = number(512, above=0)
     host_lr: float = number(0.01, above=0)
     seed_lr: float = number(0.01, above=0)
@@ -260,7 +279,7 @@ class LifecycleConfig:
 
     def __post_init__(self):
         _check(self)
-        allowed = f"one or more of {', '.join(BLUEPRINTS[1:])}, each once (in Python also Blueprint objects)"
+        allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, each once (in Python also Blueprint objects)"
         _require_names(self, "blueprints", BLUEPRINTS, allowed)
         _require(bool(self.offered), self, "blueprints", allowed)
 
@@ -284,8 +303,8 @@ class GovernorConfig:
     absolute_threshold: float = number(12.0, low=0)
     """a divergent loss is also above this"""
     death_penalty: float = number(10.0, low=0)
-    history_window: int = number(20, above=0)
-    min_history: int = number(10, above=0)
+    history_window: int = number(20, above=0, high=10_000)
+    min_history: int = number(10, above=0, high=10_000)
     min_panics: int = number(3, above=0)
     """divergent losses in a row before the rollback"""
     snapshot_epochs: int = number(5, above=0)
@@ -300,7 +319,7 @@ class GovernorConfig:
 class TrackerConfig:
     plateau_threshold: float = number(0.5, low=-100, high=100)
     """percentage points of gain below which an epoch counts as plateau"""
-    history_window: int = number(10, low=5)
+    history_window: int = number(10, low=5, high=10_000)
     stabilization_threshold: float = number(0.03, low=0)
     stabilization_epochs: int = number(3, low=0)
     regression_threshold: float = number(0.05, low=0)
@@ -354,7 +373,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    hidden_size: int = number(128, low=2)
+    hidden_size: int = number(128, low=2, high=4096)
     learning_rate: float = number(3e-4, above=0)
     gamma: float = number(0.995, above=0, high=1)
     """discount of PPO and of the shaping potential"""
@@ -366,7 +385,7 @@ class PPOConfig:
     """reached after `anneal_rounds`, linearly"""
     anneal_rounds: int = number(100, low=0)
     max_grad_norm: float = number(0.5, above=0)
-    epochs: int = number(4, above=0)
+    epochs: int = number(4, above=0, high=1000)
     minibatches: int = number(2, above=0)
     """environments are split into so many minibatches"""
     advantage_std_floor: float = number(0.1, above=0)
@@ -393,9 +412,9 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    n_envs: int = number(16, above=0)
+    n_envs: int = number(16, above=0, high=2**16)
     """environments of a round (E), for each policy seed"""
-    policy_seeds: int = number(1, above=0)
+    policy_seeds: int = number(1, above=0, high=1024)
     """policies that are trained side by side (P), from different keys, on the same environments"""
     env_chunk: int = number(1, above=0)
     """environments computed together: 1 on a CPU with 32x32 images, 16-32 with 8x8 ones, many on a GPU"""
@@ -403,20 +422,30 @@ class Config:
     """devices that share the environments; 0 takes all there are (on a CPU: one per core)"""
     rounds: int = number(8, low=0)
     """PPO rounds: E episodes and one update each, for each policy seed"""
-    report_envs: int = number(16, above=0)
+    report_envs: int = number(16, above=0, high=2**16)
     """environments per controller in the final comparison"""
     seed: int = number(0, low=0, high=2**32 - 1)
     """of the keys that a run is made from"""
 
     def __post_init__(self):
         _check(self)
-        _require(self.n_envs % self.ppo.minibatches == 0, self, "n_envs", "a multiple of ppo.minibatches")
+        parts = self.ppo.minibatches
+        _require(self.n_envs % parts == 0, self, "n_envs", f"a multiple of {parts} (ppo.minibatches)")
         allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, the modules for this host"
         _require_names(self.lifecycle, "blueprints", CNN_BLUEPRINTS, allowed)
+        self._require_size(self.host.param_count(), "host")
         for module in self.lifecycle.blueprints:
             if isinstance(module, Blueprint):
                 for width in dict.fromkeys(self.host.slot_widths):
                     module.check(width, self.training.compute_dtype)
+        modules = [CNN[module] if isinstance(module, str) else module for module in self.lifecycle.blueprints]
+        largest = [max(module.param_count(width) for module in modules) for width in self.host.slot_widths]
+        self._require_size(self.host.param_count() + sum(largest), "host with the largest module in every slot")
+
+    def _require_size(self, count: int, what: str) -> None:
+        others = f"n_blocks = {self.host.n_blocks} or kernel_size = {self.host.kernel_size}"
+        allowed = f"smaller, or {others}: the {what} has {count:,} parameters, and may have {MOST_PARAMS:,}"
+        _require(count <= MOST_PARAMS, self.host, "base_channels", allowed)
 
     @property
     def action_space(self) -> ActionSpace:

@@ -117,6 +117,6 @@ def host(name: str) -> HostConfig:
 
 
 def _lookup(table: dict, kind: str, name: str):
-    if name not in table:
-        raise ValueError(f"unknown {kind} {name!r}{nearest_hint(name, table)} (known: {', '.join(table)})")
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"unknown {kind} {name!r}{nearest_hint(str(name), table)} (known: {', '.join(table)})")
     return table[name]

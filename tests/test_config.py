@@ -33,25 +33,28 @@ ONCE = r"each once \(in Python also Blueprint objects\)"
 REFUSED = [
     (HostConfig, "n_blocks", 1, r"in \[2, 16\]"),
     (HostConfig, "n_blocks", 17, r"in \[2, 16\]"),
-    (HostConfig, "base_channels", 2**31, "at most 2147483647"),
-    (HostConfig, "base_channels", 0, "greater than 0"),
-    (HostConfig, "pool_layers", -1, "at least 0"),
+    (HostConfig, "base_channels", 2**31, r"in \(0, 1024\]"),
+    (HostConfig, "base_channels", 0, r"in \(0, 1024\]"),
+    (HostConfig, "pool_layers", -1, r"in \[0, 16\]"),
+    (HostConfig, "pool_layers", 4, "at most n_blocks = 3$"),
     (HostConfig, "kernel_size", 2, "odd and positive"),
     (HostConfig, "kernel_size", -3, "odd and positive"),
     (HostConfig, "slots", ("r0c3",), "different boundaries out of r0c0, r0c1, r0c2"),
     (HostConfig, "slots", ("r0c1", "r0c1"), "different boundaries out of r0c0, r0c1, r0c2"),
     (DataConfig, "name", "imagenet", "one of auto, cifar10, shapes, digits"),
     (DataConfig, "image_size", 12, "8, 16, 32 or none"),
+    (DataConfig, "data_dir", "", "the name of a folder, or none"),
     (DataConfig, "validation_size", 0, "greater than 0"),
     (DataConfig, "train_limit", 0, "greater than 0 or none"),
     (DataConfig, "test_limit", -5, "greater than 0 or none"),
-    (TrainingConfig, "epochs", 1, "at least 2"),
-    (TrainingConfig, "batches_per_epoch", 0, "greater than 0"),
+    (TrainingConfig, "epochs", 1, r"in \[2, 10000\]"),
+    (TrainingConfig, "batches_per_epoch", 0, r"in \(0, 10000\]"),
     (TrainingConfig, "batch_size", -1, "greater than 0"),
     (TrainingConfig, "host_lr", 0.0, "greater than 0"),
     (TrainingConfig, "seed_lr", -0.1, "greater than 0"),
     (TrainingConfig, "momentum", 1.0, r"in \[0, 1\)"),
     (TrainingConfig, "momentum", -0.1, r"in \[0, 1\)"),
+    (TrainingConfig, "momentum", 1 - 1e-9, r"in \[0, 1\) also as float32$"),
     (TrainingConfig, "host_weight_decay", -1e-4, "at least 0"),
     (TrainingConfig, "clip_norm", 0.0, "greater than 0 or none"),
     (TrainingConfig, "clip_scope", "each", "one of separate, joint"),
@@ -64,8 +67,8 @@ REFUSED = [
     (LifecycleConfig, "blueprints", (), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("noop",), "one or more of conv_light, attention"),
     (LifecycleConfig, "blueprints", ("conv_lite",), "one or more of conv_light, attention"),
-    (LifecycleConfig, "blueprints", ("norm", "loro"), f"one or more of conv_light, .*, flex_attention, {ONCE}$"),
-    (LifecycleConfig, "blueprints", ("norm", "norm"), f"one or more of conv_light, .*, flex_attention, {ONCE}$"),
+    (LifecycleConfig, "blueprints", ("norm", "loro"), f"one or more of conv_light, .*, conv_heavy, {ONCE}$"),
+    (LifecycleConfig, "blueprints", ("norm", "norm"), f"one or more of conv_light, .*, conv_heavy, {ONCE}$"),
     (LifecycleConfig, "sequential", 1, "bool$"),
     (LifecycleConfig, "strict_min_improvement", -101.0, r"in \[-100, 100\]"),
     (LifecycleConfig, "strict_min_contribution", 101.0, r"in \[-100, 100\]"),
@@ -73,7 +76,7 @@ REFUSED = [
     (GovernorConfig, "min_panics", 0, "greater than 0"),
     (GovernorConfig, "snapshot_epochs", 0, "greater than 0"),
     (GovernorConfig, "sensitivity", 0.0, "greater than 0"),
-    (TrackerConfig, "history_window", 4, "at least 5"),
+    (TrackerConfig, "history_window", 4, r"in \[5, 10000\]"),
     (TrackerConfig, "stabilization_epochs", -1, "at least 0"),
     (TrackerConfig, "plateau_threshold", 101.0, r"in \[-100, 100\]"),
     (RewardConfig, "mode", "dense", "one of paired, shaped, simplified, sparse"),
@@ -98,23 +101,30 @@ REFUSED = [
     (PPOConfig, "anneal_rounds", -5, "at least 0"),
     (PPOConfig, "target_kl", 0.0, "greater than 0 or none"),
     (PPOConfig, "advantage_std_floor", 0.0, "greater than 0"),
-    (PPOConfig, "hidden_size", 1, "at least 2"),  # of which a head would get half
+    (PPOConfig, "hidden_size", 1, r"in \[2, 4096\]"),  # of which a head would get half
+    (PPOConfig, "hidden_size", 2**31 - 1, r"in \[2, 4096\]"),
+    (PPOConfig, "learning_rate", 1e-46, "greater than 0 also as float32$"),
+    (PPOConfig, "target_kl", 1e-46, "greater than 0 also as float32 or none$"),
+    (PPOConfig, "full_alpha_bias", -1e-46, "0, or so large that float32 does not round it to 0$"),
+    (PPOConfig, "op_bias", (1e-46,) + (0.0,) * 5, "0, or so large that float32 does not round it to 0$"),
     (PPOConfig, "op_bias", [0.0] * 6, "a tuple of float$"),
     (PPOConfig, "target_kl", math.inf, "finite and greater than 0 or none$"),
     (RewardConfig, "price", math.inf, "finite and at least 0$"),
     (RewardConfig, "price", 1e39, "finite"),  # infinite as float32
+    (RewardConfig, "price", 1e-46, "0, or so large that float32 does not round it to 0$"),
     (RewardConfig, "rent_weight", math.nan, "finite"),
     (TrainingConfig, "host_lr", math.inf, "finite"),
-    (TrainingConfig, "epochs", 2.5, "int, at least 2$"),
-    (TrainingConfig, "epochs", 8.0, "int, at least 2$"),
-    (TrainingConfig, "epochs", True, "int, at least 2$"),
+    (TrainingConfig, "epochs", 2.5, r"int, in \[2, 10000\]$"),
+    (TrainingConfig, "epochs", 8.0, r"int, in \[2, 10000\]$"),
+    (TrainingConfig, "epochs", True, r"int, in \[2, 10000\]$"),
     (TrainingConfig, "clip_norm", "none", "float, greater than 0 or none$"),
     (GovernorConfig, "death_penalty", math.nan, "finite"),
-    (Config, "n_envs", 0, "greater than 0"),
-    (Config, "n_envs", 7, "a multiple of ppo.minibatches"),
-    (Config, "policy_seeds", 0, "greater than 0"),
+    (Config, "n_envs", 0, r"in \(0, 65536\]"),
+    (Config, "n_envs", 2147483640, r"in \(0, 65536\]"),
+    (Config, "n_envs", 7, r"a multiple of 2 \(ppo.minibatches\)$"),
+    (Config, "policy_seeds", 0, r"in \(0, 1024\]"),
     (Config, "env_chunk", 0, "greater than 0"),
-    (Config, "report_envs", 0, "greater than 0"),
+    (Config, "report_envs", 0, r"in \(0, 65536\]"),
     (Config, "devices", -1, "at least 0"),
     (Config, "rounds", -1, "at least 0"),
     (Config, "seed", -1, r"in \[0, 4294967295\]"),  # the key of a number is that of its last 32 bits
@@ -158,7 +168,9 @@ ZERO |= {name for name, (cls, _, kind) in FIELDS.items() if cls is RewardConfig 
 # What has to go with an edge because of a rule on two fields.
 BESIDE = {
     "GovernorConfig.history_window": {"min_history": 1},
-    "GovernorConfig.min_history": {"history_window": 2**31 - 1},
+    "GovernorConfig.min_history": {"history_window": 10_000},
+    "HostConfig.n_blocks": {"pool_layers": 2},
+    "HostConfig.pool_layers": {"n_blocks": 16},
     "Config.n_envs": {"ppo": PPOConfig(minibatches=1)},
 }
 
@@ -208,7 +220,8 @@ def edges(name):
     _, field, annotation = FIELDS[name]
     bounds = field.metadata["range"]
     whole = int in (annotation, *get_args(annotation))
-    beside = lambda edge, towards: edge + (1 if towards > edge else -1) if whole else math.nextafter(edge, towards)
+    single = lambda edge, towards: float(np.nextafter(np.float32(edge), np.float32(towards)))
+    beside = lambda edge, towards: edge + (1 if towards > edge else -1) if whole else single(edge, towards)
     allowed = {edge for edge in (bounds.low, bounds.high) if math.isfinite(edge)}
     allowed |= {beside(bounds.above, math.inf)} if math.isfinite(bounds.above) else set()
     allowed |= {beside(bounds.below, -math.inf)} if math.isfinite(bounds.below) else set()
@@ -245,6 +258,38 @@ def test_whole_numbers_do_for_floats():
     assert type(values[0]) is type(values[1]) is float and {type(value) for value in values[2]} == {float}
 
 
+def test_numbers_of_numpy_are_numbers():
+    cfg = Config(
+        n_envs=np.int64(8),
+        training=TrainingConfig(host_lr=np.float32(0.5), clip_norm=np.float64(2), seed_lr=np.int32(1)),
+        ppo=PPOConfig(op_bias=tuple(np.ones(6, np.float32))),
+        data=DataConfig(train_limit=np.uint8(5)),
+    )
+    plain = Config(
+        n_envs=8,
+        training=TrainingConfig(host_lr=0.5, clip_norm=2.0, seed_lr=1.0),
+        ppo=PPOConfig(op_bias=(1.0,) * 6),
+        data=DataConfig(train_limit=5),
+    )
+    assert cfg == plain and cfg.to_json() == plain.to_json() and hash(cfg) == hash(plain)
+    for value in (np.float32(8), np.bool_(True), np.array(8)):
+        with pytest.raises(ValueError, match="Config.n_envs = .*: must be int"):
+            Config(n_envs=value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"host.n_blocks": 16}, "the host has 412,320,530,258 parameters"),
+        ({"host.base_channels": 1024}, "the host with the largest module in every slot has 4"),
+        ({"host.kernel_size": 2**31 - 1}, "the host has "),
+    ],
+)
+def test_a_network_is_not_too_large(changes, said):
+    with pytest.raises(ValueError, match=rf"HostConfig.base_channels = \d+: must be smaller, or n_blocks = .*: {said}"):
+        Config().replace(**changes)
+
+
 def test_numbers_of_any_sign_where_they_mean_something():
     assert PPOConfig(op_bias=(-3.0, 0.0, 1.0, 2.0, -0.5, 5.0), full_alpha_bias=-2.0).full_alpha_bias == -2.0
     assert HostConfig(kernel_size=1).kernel_size == 1 and DataConfig(image_size=8).image_size == 8
@@ -275,7 +320,7 @@ def test_a_module_of_ones_own_is_a_value_of_the_configuration():
     other = mine._replace(forward=lambda p, x: 2 * x)
     assert cfg != cfg.replace(**{"lifecycle.blueprints": ("norm", other, "conv_light")})
     for wrong, match in (
-        ((mine, other), "each once"),
+        ((mine, other), r"blueprints = \(Blueprint\('mine'\), Blueprint\('mine'\)\): .*each once"),
         ((mine._replace(name="norm"),), "'norm' is the package's own"),
         ((mine._replace(name="my conv"),), "letters, digits, _ and -"),
         ((mine._replace(name=5),), "letters, digits, _ and -"),
@@ -338,7 +383,7 @@ def test_replace_reaches_inside():
         ({"training.epoch": 8}, r"TrainingConfig has no field 'epoch'; did you mean epochs\?"),
         ({"trainin.epochs": 8}, r"Config has no field 'trainin'; did you mean training\?"),
         ({"zzz": 1}, r"Config has no field 'zzz' \(fields"),
-        ({"training.epochs": 1}, "TrainingConfig.epochs = 1: must be at least 2"),
+        ({"training.epochs": 1}, r"TrainingConfig.epochs = 1: must be in \[2, 10000\]"),
     ],
 )
 def test_replace_refuses(changes, message):
@@ -413,7 +458,7 @@ def change(path, value):
         (change("ppo.op_bias", [0, 0, 0]), r"PPOConfig.op_bias = \(0.0, 0.0, 0.0\): must be 6 numbers, one per op"),
         (change("ppo.op_bias", [0] * 5 + [math.inf]), "PPOConfig.op_bias = .*inf.*: must be finite"),
         (change("reward.mode", "dense"), "RewardConfig.mode = 'dense': must be one of paired, shaped"),
-        (change("n_envs", 0), "Config.n_envs = 0: must be greater than 0"),
+        (change("n_envs", 0), r"Config.n_envs = 0: must be in \(0, 65536\]"),
     ],
 )
 def test_text_that_is_refused(text, message):
@@ -451,6 +496,8 @@ def test_a_preset_has_a_size_for_each_kind_of_data():
         (partial(presets.get, "quick"), "cifar", r"unknown data set 'cifar'; did you mean cifar10\? \(known: digits"),
         (partial(presets.get, "quick"), "auto", r"unknown data set 'auto' \(known: digits, cifar10, shapes\)"),
         (presets.get, "xyz", r"unknown preset 'xyz' \(known: "),
+        (presets.get, None, r"unknown preset None \(known: "),
+        (presets.get, ["quick"], r"unknown preset \['quick'\]"),
         (presets.host, "cifar", r"unknown host 'cifar'; did you mean cifar10\? \(known: cifar10, "),
     ],
 )

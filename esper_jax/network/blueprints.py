@@ -60,6 +60,10 @@ class Blueprint(NamedTuple):
     stem: Callable[[Params, Array], Array] | None = None  # (parameters, x) -> [C, H, W, N], kept for the backward pass
     draw: Callable[[Array, int], Params] | None = None  # (key, width) -> parameters that no range describes
 
+    def __repr__(self) -> str:
+        """Short: a message about a configuration shows it, and the addresses of functions tell nobody anything."""
+        return f"Blueprint({self.name!r})"
+
     @classmethod
     def from_functions(
         cls, name: str, init: Callable[[Array, int], Any], apply: Callable[[Any, Array], Array]

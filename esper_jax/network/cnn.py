@@ -75,9 +75,9 @@ def pooled(cfg: HostConfig, block: int) -> bool:
 
 def check_image_size(cfg: HostConfig, size: int) -> None:
     """Raises ValueError if a pooled map of a `size` x `size` image would vanish."""
-    pools = min(cfg.pool_layers, cfg.n_blocks)
+    pools = cfg.pool_layers
     if size >> pools == 0:
-        raise ValueError(f"HostConfig.pool_layers = {cfg.pool_layers}: {pools} pools leave nothing of {size}x{size}")
+        raise ValueError(f"HostConfig.pool_layers = {pools}: {pools} pools leave nothing of {size}x{size}")
 
 
 def train_features(vars: HostVars, tiles: Array, slots: Mapping[int, SlotFunction]) -> tuple[Array, HostVars]:

@@ -96,5 +96,11 @@ def test_check_image_size():
     cnn.check_image_size(presets.host("cifar10_blind"), 1)
     with pytest.raises(ValueError, match="HostConfig.pool_layers = 5: 5 pools leave nothing of 16x16"):
         cnn.check_image_size(presets.host("cifar10_deep"), 16)
-    # two blocks pool twice, however many pools are asked for
-    cnn.check_image_size(HostConfig(n_blocks=2, pool_layers=9), 4)
+
+
+@pytest.mark.parametrize("name", presets.HOSTS)
+def test_parameters_are_counted_before_there_are_any(name):
+    host = presets.host(name)
+    for channels, classes in ((3, 10), (1, 4)):
+        made = jax.eval_shape(lambda c=channels, n=classes: cnn.init(jax.random.key(0), host, channels=c, classes=n))
+        assert host.param_count(channels, classes) == cnn.param_count(made)
