@@ -186,12 +186,14 @@ def make(name: str, **overrides: Any) -> GrowthEnv:
       overrides: of the configuration, with `__` or `.` (in a dict) between the parts of a name:
         `make("digits-2slot", training__epochs=10, **{"reward.price": 0.1})`.
 
-    Raises ValueError for a name or a field that does not exist.
+    Raises ValueError for a name or a field that does not exist, and for other data than the name says.
     """
-    match = re.fullmatch(r"(digits|cifar10|shapes)-(\d+)slot", name)
+    match = re.fullmatch(r"(digits|cifar10|shapes)-(\d+)slot", str(name))
     if match is None:
         raise ValueError(f"environment {name!r}: must be {{digits,cifar10,shapes}}-Nslot, such as digits-2slot")
     source, slots = match[1], int(match[2])
     cfg = presets.get("quick", source).replace(**{"host.n_blocks": slots})
     cfg = cfg.replace(**{field.replace("__", "."): value for field, value in overrides.items()})
+    if cfg.data.name != source:
+        raise ValueError(f"DataConfig.name = {cfg.data.name!r}: must be {source!r}, as in {name!r}")
     return GrowthEnv(cfg, data.load(cfg.data))

@@ -207,8 +207,7 @@ def make_train(
     Raises ValueError if environments cannot be spread evenly over the devices, chunks and minibatches.
     """
     mesh = devices.make_mesh(cfg.devices)
-    devices.check_divides(mesh, "n_envs", cfg.n_envs, "env_chunk", cfg.env_chunk)
-    devices.check_divides(mesh, "n_envs", cfg.n_envs, "ppo.minibatches", cfg.ppo.minibatches)
+    devices.check_divides(mesh, cfg)
     dataset = devices.replicate(data.load(cfg.data) if dataset is None else dataset, mesh)
     rules = dict(default_controllers(cfg) if controllers is None else controllers)
     for name in LEARNED:

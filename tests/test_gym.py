@@ -86,6 +86,10 @@ def test_names():
     assert made.default_params.weights.price == 0.25 and made.default_params.max_steps_in_episode == 7
     with pytest.raises(ValueError, match=r"'digits': must be \{digits,cifar10,shapes\}-Nslot"):
         esper_jax.make("digits")
+    with pytest.raises(ValueError, match=r"environment None: must be \{digits"):
+        esper_jax.make(None)
+    with pytest.raises(ValueError, match="DataConfig.name = 'shapes': must be 'digits', as in 'digits-2slot'"):
+        esper_jax.make("digits-2slot", data__name="shapes")
     with pytest.raises(ValueError, match="trainin"):
         esper_jax.make("digits-2slot", trainin__epochs=7)
     with pytest.raises(ValueError, match="Config.seed has no fields: there is no seed.x"):

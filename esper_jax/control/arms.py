@@ -52,5 +52,7 @@ def controllers(cfg: Config, script: str | None) -> dict[str, Controller]:
     """The rules of a run: the default ones, and `script` if there is a text of one. Raises ValueError if it is bad."""
     rules = default_controllers(cfg)
     if script is not None:
-        rules["script"] = baselines.script(baselines.parse_script(script, cfg.lifecycle), cfg.lifecycle)
+        slots, decisions = len(cfg.host.slot_names), cfg.training.epochs - 1
+        actions = baselines.parse_script(script, cfg.lifecycle, slots=slots, decisions=decisions)
+        rules["script"] = baselines.script(actions, cfg.lifecycle)
     return rules

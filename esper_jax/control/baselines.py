@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.config import LifecycleConfig
+from esper_jax.config import MOST_BLOCKS, MOST_EPOCHS, LifecycleConfig
 from esper_jax.lifecycle import stages
 from esper_jax.types import (
     ALPHA_CURVES,
@@ -86,11 +86,11 @@ def periodic(
     Seeds are nursed as by `eager`, and that comes first: a germination waits for an epoch without other work.
 
     Raises:
-      ValueError: if `period` is less than 1, or `blueprint` noop or not one of
+      ValueError: if `period` is no whole number from 1, or `blueprint` noop or not one of
         `lifecycle.blueprints`.
     """
-    if period < 1:
-        raise ValueError(f"periodic: period = {period!r}: must be at least 1")
+    if not isinstance(period, (int, np.integer)) or period < 1:
+        raise ValueError(f"periodic: period = {period!r}: must be a whole number, at least 1")
     germination = _germination(blueprint, lifecycle)
 
     def act(key: Array, last_block: Array, obs: Observation) -> tuple[Array, Action, Extras]:
@@ -181,9 +181,10 @@ def _require_slots(scripted: np.ndarray, n_slots: int) -> None:
             raise ValueError(f"script: step {step}: slot = {slot}: must be 0 to {n_slots - 1}")
 
 
-def _words(lifecycle: LifecycleConfig) -> dict[str, dict[str, int]]:
-    """Words of a script file for the indices of each head but `slot`."""
+def _words(lifecycle: LifecycleConfig, slots: int) -> dict[str, dict[str, int]]:
+    """Words of a script file for the indices of each head."""
     tables = {
+        "slot": range(slots),
         "style": STYLES,
         "tempo": TEMPO_EPOCHS,
         "alpha_target": ALPHA_TARGETS,
@@ -195,12 +196,18 @@ def _words(lifecycle: LifecycleConfig) -> dict[str, dict[str, int]]:
     return words | {"blueprint": {name: lifecycle.catalog.index(name) for name in lifecycle.offered}}
 
 
-def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> list[Action]:
+def parse_script(
+    text: str,
+    lifecycle: LifecycleConfig = LifecycleConfig(),
+    *,
+    slots: int = MOST_BLOCKS,
+    decisions: int = MOST_EPOCHS - 1,
+) -> list[Action]:
     """Actions from lines such as `3: germinate slot=0 blueprint=conv_light style=linear_add tempo=3`.
 
     The number is the decision, counted from 0; decisions without a line wait. The op is followed by the fields that it
     reads, in names or epochs: `slot` is required, for germinate `blueprint` too, the others default to those of
-    `Action()`. `#` starts a comment.
+    `Action()`. `#` starts a comment. `slots` and `decisions` say how many there are of each.
 
     >>> [Op(int(action.op)).name for action in parse_script("1: germinate slot=0 blueprint=norm")]
     ['WAIT', 'GERMINATE']
@@ -208,34 +215,37 @@ def parse_script(text: str, lifecycle: LifecycleConfig = LifecycleConfig()) -> l
     Raises:
       ValueError: naming line, field, value and what is allowed.
     """
-    decisions: dict[int, Action] = {}
-    words = _words(lifecycle)
+    given: dict[int, Action] = {}
+    words = _words(lifecycle, slots)
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if line:
-            decision, action = _parse_line(number, line, words)
-            if decision in decisions:
+            decision, action = _parse_line(number, line, words, decisions)
+            if decision in given:
                 raise _script_error(number, "decision", decision, "a number that no other line has")
-            decisions[decision] = action
-    return [decisions.get(t, Action()) for t in range(max(decisions, default=-1) + 1)]
+            given[decision] = action
+    return [given.get(t, Action()) for t in range(max(given, default=-1) + 1)]
 
 
 def _script_error(line: int, field: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"script line {line}: {field} = {str(value)!r}: must be {allowed}")
 
 
-def _parse_line(number: int, line: str, words: dict[str, dict[str, int]]) -> tuple[int, Action]:
-    decision, _, rest = (part.strip() for part in line.partition(":"))
-    if not decision.isdecimal():
-        raise _script_error(number, "decision", decision, "a number from 0, followed by a colon")
+def _parse_line(number: int, line: str, words: dict[str, dict[str, int]], decisions: int) -> tuple[int, Action]:
+    decision, colon, rest = (part.strip() for part in line.partition(":"))
+    # so many digits as there can be are few enough to be read
+    if not (colon and decision.isdecimal() and len(decision) < 20 and int(decision) < decisions):
+        raise _script_error(number, "decision", decision, f"a number from 0 to {decisions - 1}, followed by a colon")
     name, *pairs = rest.split() or [""]
     op = Op(_parse_word(number, "op", name, words))
     given = {}
     for pair in pairs:
         head, _, word = pair.partition("=")
-        if head not in RELEVANT_HEADS[op] or head in given:
-            allowed = ", ".join(RELEVANT_HEADS[op]) or "left out"
-            raise _script_error(number, "field", head, f"{allowed} (for {name}), each at most once")
+        if head not in RELEVANT_HEADS[op]:
+            known = ", ".join(RELEVANT_HEADS[op]) or "no field"
+            raise _script_error(number, head, word, f"left out: {name} has {known}")
+        if head in given:
+            raise _script_error(number, head, word, "left out: it is given already")
         given[head] = _parse_word(number, head, word, words)
     for head in ("slot", "blueprint"):
         if head in RELEVANT_HEADS[op] and head not in given:
@@ -244,10 +254,6 @@ def _parse_line(number: int, line: str, words: dict[str, dict[str, int]]) -> tup
 
 
 def _parse_word(number: int, head: str, word: str, words: dict[str, dict[str, int]]) -> int:
-    if head == "slot":
-        if not word.isdecimal():
-            raise _script_error(number, head, word, "a slot's number from 0")
-        return int(word)
     if word not in words[head]:
         raise _script_error(number, head, word, f"one of {', '.join(words[head])}")
     return words[head][word]

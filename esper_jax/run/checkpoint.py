@@ -11,11 +11,15 @@ in part. A checkpoint gets its name only once it is complete, so a process may d
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import numpy as np
 
 FINGERPRINT = "fingerprint.json"
 _NAME = re.compile(r"step_(\d{8})")
+_FACTS = {"shape", "dtype", "sha256"}
 
 
 class CheckpointError(ValueError):
@@ -36,24 +41,51 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, kee
     Args:
       state: any tree of arrays but typed PRNG keys (raises CheckpointError): a run derives its keys from its seed.
       meta: what JSON can hold and `restore` has to be given again, such as the configuration.
+
+    Raises OSError naming `folder` if it cannot be written, such as on a full disk; what was there stays.
     """
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = _arrays(jax.device_get(_checked(state)))
+    with _writing(folder):
+        return _save(Path(folder).absolute(), step, arrays, _plain(meta), keep)
+
+
+@contextlib.contextmanager
+def _writing(folder: str | Path) -> Iterator[None]:
+    """Makes one OSError of whatever Orbax raises that cannot write; what it would log of each thread says no more."""
+    log = logging.getLogger("absl")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+    except Exception as error:  # TensorStore has a ValueError for everything, Orbax wraps it in its own
+        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        number = errno.ENOSPC if full else errno.EIO
+        raise OSError(number, os.strerror(number) if full else str(error), str(folder)) from error
+    finally:
+        log.disabled = before
+
+
+def _save(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     final, work = folder / f"step_{step:08d}", folder / f".writing_{step:08d}"
     for leftover in folder.glob(".writing_*"):
         shutil.rmtree(leftover)
-    work.mkdir()
-    if _storable(arrays):
-        with _orbax() as checkpointer:
-            checkpointer.save(work / "state", _storable(arrays))
-            checkpointer.wait_until_finished()
-    leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
-    fingerprint = {"meta": _plain(meta), "leaves": leaves, "files": _files(work / "state")}
-    with open(work / FINGERPRINT, "w") as file:
-        json.dump(fingerprint, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        work.mkdir()
+        if _storable(arrays):
+            with _orbax() as checkpointer:
+                checkpointer.save(work / "state", _storable(arrays))
+                checkpointer.wait_until_finished()
+        leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
+        fingerprint = {"meta": meta, "leaves": leaves, "files": _files(work / "state")}
+        with open(work / FINGERPRINT, "w") as file:
+            json.dump(fingerprint, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     if final.exists():
         _drop(final)
     work.rename(final)
@@ -89,13 +121,29 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
     if not known or (step is not None and step not in known):
         wanted = "a checkpoint" if step is None else f"step {step}"
         raise CheckpointError(f"{folder}: {wanted} is not there (steps there: {', '.join(map(str, known)) or 'none'})")
-    step = known[-1] if step is None else step
-    place = folder / f"step_{step:08d}"
+    if step is not None:
+        return _restore(folder / f"step_{step:08d}", template, meta), step
+    newest, *older = (folder / f"step_{number:08d}" for number in reversed(known))
     try:
-        stored = json.loads((place / FINGERPRINT).read_text())
-        recorded, files, then = stored["leaves"], stored["files"], stored["meta"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{place / FINGERPRINT}: cannot be read: {error}") from None
+        return _restore(newest, template, meta), known[-1]
+    except CheckpointError as error:
+        for place in older:
+            if _is_whole(place, template, meta):
+                raise CheckpointError(
+                    f"{error}; delete {newest.name} to go on from {place.name}, which is whole"
+                ) from None
+        raise
+
+
+def _is_whole(place: Path, template: Any, meta: dict[str, Any]) -> bool:
+    with contextlib.suppress(CheckpointError):
+        _restore(place, template, meta)
+        return True
+    return False
+
+
+def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
+    recorded, files, then = _fingerprint(place / FINGERPRINT)
     _compare(place, "", then, _plain(meta))
     wanted = _leaves(template)
     shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
@@ -116,7 +164,19 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
             raise CheckpointError(f"{place}: {path} is not what was saved: its content has changed")
         sharding = getattr(like, "sharding", None)
         leaves.append(jax.device_put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any]:
+    """Leaves, files and meta as `save` wrote them. Raises CheckpointError."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        leaves, files, meta = (stored[name] for name in ("leaves", "files", "meta"))
+        if not (isinstance(files, dict) and isinstance(meta, dict) and all(set(leaf) == _FACTS for leaf in leaves.values())):
+            raise ValueError("it is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return leaves, files, meta
 
 
 def _orbax():

@@ -76,7 +76,7 @@ def leave(code: int) -> None:
     """Ends the process. After anything but success it does not wait for programs that are still being compiled."""
     if code:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
                 stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from esper_jax.config import Config
+
 AXIS = "env"
 SHARDED = PartitionSpec(None, AXIS)  # the second axis, environments, is split over the devices; the first is policies
 REPLICATED = PartitionSpec()  # every device holds all of it
@@ -73,17 +75,20 @@ def make_mesh(devices: int) -> Mesh:
     """A mesh of one axis over so many devices, 0 for all there are. Raises ValueError if there are fewer."""
     available = jax.device_count()
     if devices > available:
-        raise ValueError(f"Config.devices = {devices}: must be at most {available}, the devices there are")
+        made = backend() == "cpu" and available == MOST_CPU_DEVICES
+        there = "the most that are made of CPUs" if made else "the devices there are"
+        raise ValueError(f"Config.devices = {devices}: must be at most {available}, {there}")
     return jax.make_mesh((devices or available,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check_divides(mesh: Mesh, name: str, environments: int, part: str, size: int) -> None:
-    """Raises ValueError unless every device gets the same number of environments, a multiple of the `part`'s size."""
-    if environments % (mesh.size * size):
-        raise ValueError(
-            f"Config.{name} = {environments}: must be a multiple of {mesh.size * size} ({mesh.size} devices times "
-            f"{part} = {size})"
-        )
+def check_divides(mesh: Mesh, cfg: Config) -> None:
+    """Raises ValueError unless every device gets the same number of environments, of whole chunks and minibatches."""
+    for part, size in (("env_chunk", cfg.env_chunk), ("ppo.minibatches", cfg.ppo.minibatches)):
+        if cfg.n_envs % (mesh.size * size):
+            raise ValueError(
+                f"Config.n_envs = {cfg.n_envs}: must be a multiple of {mesh.size * size} ({mesh.size} devices times "
+                f"{part} = {size})"
+            )
 
 
 def over_devices(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

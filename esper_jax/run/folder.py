@@ -25,7 +25,7 @@ def new(path: Path, *, named: bool) -> Iterator[Path]:
       named: whether somebody chose this name: it is then taken or refused. Otherwise the next free one of `path`,
         `path-2`, `path-3`, ... is taken, also if others do the same at this moment.
     """
-    made = [parent for parent in reversed(path.parents) if not parent.exists()]
+    made = [parent for parent in reversed(path.parents) if not os.path.exists(parent)]  # nor if it could not be
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
@@ -37,7 +37,7 @@ def new(path: Path, *, named: bool) -> Iterator[Path]:
             made.append(folder)
             break
         except OSError as error:
-            if not folder.exists() or named:
+            if not os.path.exists(folder) or named:
                 raise _refusal(folder, error) from error
     try:
         with locked(folder):

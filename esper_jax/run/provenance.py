@@ -15,6 +15,7 @@ import jax
 
 from esper_jax.config import Config
 from esper_jax.data import Dataset
+from esper_jax.presets import PRESETS
 
 PACKAGE = Path(__file__).parent.parent
 PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -78,12 +79,22 @@ def read_card(folder: Path) -> dict[str, Any]:
     """The run card of a run's folder. Raises ValueError naming the file if it is none."""
     path = folder / "run.json"
     try:
-        card = json.loads(path.read_text())
+        card = {"script": None, "status": "running"} | json.loads(path.read_text(encoding="utf-8"))
         Config.from_json(json.dumps(card["config"]))
-        return {"script": None, "status": "running"} | card | {"preset": str(card["preset"])}
+        for name, allowed, fine in (
+            ("preset", f"one of {', '.join(PRESETS)}", card["preset"] in list(PRESETS)),
+            ("status", "a word", isinstance(card["status"], str)),
+            ("script", "a text or null", isinstance(card["script"], str | None)),
+            ("data", "an object", isinstance(card["data"], dict)),
+        ):
+            if not fine:
+                raise ValueError(f"{name} = {card[name]!r}: must be {allowed}")
+        if not isinstance(card["data"]["identity"], str):
+            raise ValueError(f"data.identity = {card['data']['identity']!r}: must be a text")
+        return card
     except OSError as error:
         raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: must be the run.json of a run: {reason}") from None
 

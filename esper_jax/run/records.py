@@ -15,13 +15,16 @@ K alpha configurations.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -96,51 +99,81 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[s
     return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz that is either complete or absent; equal arrays give equal bytes."""
+@contextlib.contextmanager
+def whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
+    """A file to write that is in the end complete, or else what it was before. An OSError names it."""
     work = path.with_name(path.name + ".tmp")
-    with open(work, "wb") as file:
+    try:
+        with open(work, "wb") if binary else open(work, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            work.unlink()
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz; equal arrays give equal bytes."""
+    with whole(path, binary=True) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # taken for `allow_pickle`
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote. Raises ValueError naming the file if it is not there or damaged."""
+    try:
+        with open(path, "rb") as raw, np.load(raw) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing") from None
+    # whatever NumPy and zipfile make of bytes that nobody wrote
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: is damaged ({error})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    work = path.with_name(path.name + ".tmp")
-    work.write_text(json.dumps(value, indent=2) + "\n")
-    work.replace(path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 class RoundLog:
     """A file per round, so that a run that was killed keeps the rounds it had done."""
 
     def __init__(self, folder: Path, done: int = 0):
-        """Goes on after `done` rounds; what a killed run wrote beyond them is dropped, since it will be done again.
-
-        Raises FileNotFoundError if one of the rounds that count as done is missing.
-        """
+        """Goes on after `done` rounds; what a killed run wrote beyond them is dropped, since it will be done again."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if not path.stem.isdecimal() or path.suffix != ".npz" or int(path.stem) >= done:
                 path.unlink()
-        for number in range(done):
-            if not self._path(number).exists():
-                raise FileNotFoundError(f"{self._path(number)}: missing, but the checkpoint says it was done")
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.npz"
+    @staticmethod
+    def check(folder: Path, done: int) -> None:
+        """Raises ValueError naming the first of `done` rounds that is missing, damaged or not like the others."""
+        first = None
+        for number in range(done):
+            path = RoundLog._path(folder, number)
+            facts = {name: (array.shape, array.dtype) for name, array in read_arrays(path).items()}
+            if facts != (first := first or facts):
+                raise ValueError(f"{path}: is damaged (its arrays are not those of the other rounds)")
+
+    @staticmethod
+    def _path(folder: Path, number: int) -> Path:
+        return folder / f"{number:06d}.npz"
 
     def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
-        write_arrays(self._path(number), arrays)
+        write_arrays(self._path(self.folder, number), arrays)
 
     def stacked(self) -> dict[str, np.ndarray]:
         """Everything so far, with a leading R; empty before the first round."""
-        rounds = []
-        for path in sorted(self.folder.glob("*.npz")):
-            with np.load(path) as file:
-                rounds.append({name: file[name] for name in file.files})
+        rounds = [read_arrays(path) for path in sorted(self.folder.glob("*.npz"))]
         return {name: np.stack([arrays[name] for arrays in rounds]) for name in rounds[0]} if rounds else {}
 
 
@@ -180,7 +213,7 @@ def outcomes(metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    with open(path, "w", newline="") as file:
+    with whole(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -242,6 +275,6 @@ _ROW_FIELDS = (
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """JSON lines."""
-    with open(path, "w") as file:
+    with whole(path) as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")

@@ -181,9 +181,11 @@ def test_blueprint_must_be_on_offer(make, name):
         make(name)
 
 
-def test_period_must_be_positive():
-    with pytest.raises(ValueError, match="period = 0"):
-        B.periodic(0)
+@pytest.mark.parametrize("period", [0, -1, 2.5, 3.0, "3", None])
+def test_a_period_is_a_whole_number(period):
+    with pytest.raises(ValueError, match=f"period = {period!r}: must be a whole number, at least 1"):
+        B.periodic(period)
+    B.periodic(np.int64(3))
 
 
 # --- scripts ---
@@ -236,20 +238,32 @@ def test_empty_script_waits():
         ("0: germinate slot=0 blueprint=noop", "line 1: blueprint = 'noop': must be one of conv_light"),
         ("0: germinate slot=0", "line 1: blueprint = '': must be given for germinate"),
         ("0: advance", "line 1: slot = '': must be given for advance"),
-        ("0: advance slot=-1", "line 1: slot = '-1': must be a slot's number from 0"),
-        ("0: advance slot=0 tempo=3", r"line 1: field = 'tempo': must be slot \(for advance\)"),
-        ("0: wait slot=0", "line 1: field = 'slot': must be left out"),
-        ("0: advance slot=0 slot=1", "line 1: field = 'slot': must be slot .* at most once"),
+        ("0: advance slot=-1", "line 1: slot = '-1': must be one of 0, 1, 2$"),
+        ("0: wait\n1: advance slot=3", "line 2: slot = '3': must be one of 0, 1, 2$"),
+        ("0: advance slot=99999999999999", "line 1: slot = '99999999999999': must be one of 0, 1, 2$"),
+        ("0: advance slot=0 tempo=3", "line 1: tempo = '3': must be left out: advance has slot$"),
+        ("0: wait slot=0", "line 1: slot = '0': must be left out: wait has no field$"),
+        ("0: advance slot=0 slot=1", "line 1: slot = '1': must be left out: it is given already$"),
         ("0: germinate slot=0 blueprint=norm tempo=4", "line 1: tempo = '4': must be one of 3, 5, 8"),
         ("0: grow slot=0", "line 1: op = 'grow': must be one of wait, germinate"),
         ("0:", "line 1: op = '': must be one of wait"),
         ("advance slot=0", "line 1: decision = 'advance slot=0': must be a number"),
+        ("5", "line 1: decision = '5': must be a number from 0 to 9, followed by a colon"),
+        ("9: wait\n10: wait", "line 2: decision = '10': must be a number from 0 to 9, followed"),
+        ("999999999999: wait", "line 1: decision = '999999999999': must be a number from 0 to 9, followed"),
+        (f"{'9' * 5000}: wait", "line 1: decision = '9+': must be a number from 0 to 9, followed"),
         ("0: wait\n0: wait", "line 2: decision = '0': must be a number that no other line has"),
     ],
 )
 def test_errors_of_a_script_text(text, message):
     with pytest.raises(ValueError, match=f"script {message}"):
-        B.parse_script(text)
+        B.parse_script(text, slots=3, decisions=10)
+
+
+def test_a_script_is_as_long_as_an_episode_can_be():
+    assert len(B.parse_script("9998: wait")) == 9999
+    with pytest.raises(ValueError, match="decision = '9999': must be a number from 0 to 9998"):
+        B.parse_script("9999: wait")
 
 
 @pytest.mark.parametrize(

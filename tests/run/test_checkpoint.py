@@ -1,6 +1,8 @@
 """Checkpoints: what comes back is what was saved, or one error that says why not."""
 
+import errno
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -150,9 +152,60 @@ def test_damage_is_found(folder):
     (place / checkpoint.FINGERPRINT).write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match=r"first\.params\.w is not what was saved"):
         checkpoint.restore(folder, state(), META)
-    (place / checkpoint.FINGERPRINT).write_text("{")
+    text = json.dumps(stored)
+    leaf = json.dumps(stored["leaves"]["first.params.w"])
+    changed = (text.replace(leaf, "{}"), text.replace(leaf, "[]"), *(json.dumps(stored | {k: []}) for k in stored))
+    for wrong in ("{", "[]", "5", "{}", *changed):
+        (place / checkpoint.FINGERPRINT).write_text(wrong)
+        with pytest.raises(CheckpointError, match="fingerprint.json: cannot be read"):
+            checkpoint.restore(folder, state(), META)
+    (place / checkpoint.FINGERPRINT).write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="fingerprint.json: cannot be read"):
         checkpoint.restore(folder, state(), META)
+
+
+def test_an_older_checkpoint_that_is_whole_is_named(folder):
+    checkpoint.save(folder, 4, state(2), META)
+    fingerprint = folder / "step_00000004" / checkpoint.FINGERPRINT
+    fingerprint.write_text("")
+    said = "read: .*; delete step_00000004 to go on from step_00000003, which is whole$"
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.restore(folder, state(), META)
+    with pytest.raises(CheckpointError, match="'other' here$"):  # what fits no checkpoint is no damage
+        checkpoint.restore(folder, state(), {**META, "data": "other"}, step=3)
+    (folder / "step_00000003" / checkpoint.FINGERPRINT).unlink()
+    with pytest.raises(CheckpointError, match="step_00000004/fingerprint.json: cannot be read: [^;]*$"):
+        checkpoint.restore(folder, state(), META)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing 'd': No space left on device [os_error_code='28']"),
+            errno.ENOSPC,
+        ),
+        (RuntimeError("Failed to write"), errno.EIO),
+        (PermissionError(errno.EACCES, "Permission denied", "elsewhere"), errno.EACCES),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_error(folder, monkeypatch, error, number):
+    class Full:
+        def save(self, *args):
+            logging.getLogger("absl").error("no space")
+            raise error
+
+        __enter__, __exit__ = lambda self: self, lambda self, *args: None
+
+    said = []
+    monkeypatch.setattr(checkpoint, "_orbax", Full)
+    monkeypatch.setattr(logging.getLogger("absl"), "handle", said.append)
+    with pytest.raises(OSError) as caught:
+        checkpoint.save(folder, 4, state(), META)
+    assert (caught.value.errno, caught.value.filename) == (number, str(folder)) and not said
+    assert [path.name for path in folder.iterdir()] == ["step_00000003"]
+    monkeypatch.undo()
+    assert tiny.equal(checkpoint.restore(folder, state(), META)[0], state())
 
 
 def test_keys_are_refused(tmp_path):

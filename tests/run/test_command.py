@@ -40,6 +40,18 @@ def test_only_what_is_named_is_a_refusal():
         raise TypeError
 
 
+def test_streams_that_were_closed_from_the_start_stop_nothing(monkeypatch):
+    left = []
+    monkeypatch.setattr(command.os, "_exit", left.append)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    command.use_plain_streams()
+    command.say("x")
+    with pytest.raises(SystemExit):  # after which a test goes on, unlike a process
+        command.leave(2)
+    assert left == [2]
+
+
 def test_streams_replace_what_they_cannot_show(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

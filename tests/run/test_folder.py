@@ -38,6 +38,8 @@ def test_a_folder_that_was_there_stays(tmp_path):
         ("full", "--out {}: is not empty; choose another folder, or go on with --resume {}"),
         ("file", "--out {}: must be a folder that is empty or can be made (File exists)"),
         ("file/in", "--out {}: must be a folder that is empty or can be made"),
+        ("x" * 300, "--out {}: must be a folder that is empty or can be made (File name too long)"),
+        ("x" * 300 + "/in", "--out {}: must be a folder that is empty or can be made (File name too long)"),
     ],
 )
 def test_a_folder_that_cannot_be_the_runs_is_refused(tmp_path, name, said):

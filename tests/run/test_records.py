@@ -1,6 +1,7 @@
 """The files of a run: nothing measured is nowhere 0, and the same run writes the same bytes."""
 
 import csv
+import errno
 import json
 
 import numpy as np
@@ -83,8 +84,52 @@ def test_round_log_goes_on_where_the_checkpoint_is(tmp_path):
     (tmp_path / "rounds" / "000003.npz.tmp").write_text("cut off")
     log = records.RoundLog(tmp_path / "rounds", done=2)
     np.testing.assert_array_equal(log.stacked()["x"], [0, 1])
-    with pytest.raises(FileNotFoundError, match="000002.npz: missing"):
-        records.RoundLog(tmp_path / "rounds", done=3)
+    records.RoundLog.check(tmp_path / "rounds", 2)
+    with pytest.raises(ValueError, match="000002.npz: is missing$"):
+        records.RoundLog.check(tmp_path / "rounds", 3)
+
+
+def test_a_damaged_round_is_named(tmp_path):
+    log = records.RoundLog(tmp_path)
+    for number in range(2):
+        log.write(number, {"x": np.arange(100, dtype=np.float32)})
+    path = tmp_path / "000001.npz"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    for damaged in (b"", b"text", content[:-5], content[:middle] + b"\0\0\0" + content[middle + 3 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="000001.npz: is damaged"):
+            records.RoundLog.check(tmp_path, 2)
+    log.write(1, {"y": np.arange(100)})
+    with pytest.raises(ValueError, match="000001.npz: is damaged .its arrays are not those of the other rounds"):
+        records.RoundLog.check(tmp_path, 2)
+
+
+WRITERS = {
+    "arrays": lambda path: records.write_arrays(path, {"x": np.zeros(3)}),
+    "json": lambda path: records.write_json(path, {"x": 1}),
+    "text": lambda path: records.write_text(path, "x"),
+    "csv": lambda path: records.write_csv(path, [{"x": 1}], ("x",)),
+    "lines": lambda path: records.write_lines(path, [{"x": 1}]),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_file_is_complete_or_what_it_was(tmp_path, monkeypatch, write):
+    path = tmp_path / "file"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for before in (None, b"before"):
+        if before:
+            path.write_bytes(before)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            patch.setattr(records.os, "fsync", full)
+            WRITERS[write](path)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] * bool(before)
+    WRITERS[write](path)
+    assert path.read_bytes() not in (b"", b"before")
 
 
 def test_outcomes(tmp_path):
