@@ -81,34 +81,34 @@ def _check(where: Any) -> None:
     """
     for field_ in dataclasses.fields(where):
         annotation, value = _hints(type(where))[field_.name], getattr(where, field_.name)
-        allowed = _fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("alternative"))
+        allowed = fault(annotation, value, field_.metadata.get("range", Range()), field_.metadata.get("alternative"))
         _require(allowed is None, where, field_.name, allowed or "")
         if annotation == tuple[float, ...]:
             object.__setattr__(where, field_.name, tuple(map(float, value)))
-        elif value is not None and (kind := _kinds(annotation)[0]) in (int, float):
+        elif value is not None and (kind := kinds(annotation)[0]) in (int, float):
             object.__setattr__(where, field_.name, kind(value))
 
 
-def _kinds(annotation: Any) -> tuple[type, ...]:
+def kinds(annotation: Any) -> tuple[type, ...]:
     """The types of `int` and `int | None`."""
     return get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
 
 
-def _fault(annotation: Any, value: Any, bounds: Range, other: type | None = None) -> str | None:
+def fault(annotation: Any, value: Any, bounds: Range, other: type | None = None) -> str | None:
     """What a field must be, if `value` is not that; the entries of a tuple may also be of the `other` type."""
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         return None if value in choices else "one of " + ", ".join(map(str, choices))
     several = get_origin(annotation) is tuple
-    kind, *none = get_args(annotation)[:1] if several else _kinds(annotation)
+    kind, *none = get_args(annotation)[:1] if several else kinds(annotation)
     if none and value is None:
         return None
     or_none = " or none" if none else ""
     entries = value if several else (value,)
     if not (isinstance(entries, tuple) and all(_is_a(kind, entry) or _is_a(other, entry) for entry in entries)):
         limits = f", {bounds}" if str(bounds) else ""
-        kinds = kind.__name__ + (f" or {other.__name__}" if other else "")
-        return f"a tuple of {kinds}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
+        names = kind.__name__ + (f" or {other.__name__}" if other else "")
+        return f"a tuple of {names}{limits}" if several else f"{kind.__name__}{limits}{or_none}"
     if kind not in (int, float):
         return None
     if kind is float and not all(abs(entry) <= _MOST_FLOAT for entry in entries):  # nor is NaN
@@ -536,7 +536,7 @@ def _value(annotation: Any, value: Any, path: str) -> Any:
         return tuple(value)
     if origin is Literal:
         return value  # the class checks its choices
-    allowed = _kinds(annotation)
+    allowed = kinds(annotation)
     if float in allowed and type(value) is int:
         return value  # the class makes it a float
     if type(value) not in allowed:

@@ -190,7 +190,7 @@ def make(name: str, **overrides: Any) -> GrowthEnv:
     """
     match = re.fullmatch(r"(digits|cifar10|shapes)-(\d+)slot", str(name))
     if match is None:
-        raise ValueError(f"environment {name!r}: must be {{digits,cifar10,shapes}}-Nslot, such as digits-2slot")
+        raise ValueError(f"env = {name!r}: must be {{digits,cifar10,shapes}}-Nslot, such as digits-2slot")
     source, slots = match[1], int(match[2])
     cfg = presets.get("quick", source).replace(**{"host.n_blocks": slots})
     cfg = cfg.replace(**{field.replace("__", "."): value for field, value in overrides.items()})

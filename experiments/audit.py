@@ -25,7 +25,7 @@ from esper_jax.control.arms import controllers
 from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import checkpoint, command, compilation, devices, provenance
+from esper_jax.run import checkpoint, command, compilation, devices, options, provenance, records
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
 
@@ -90,7 +90,7 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[
 def main(argv: list[str] | None = None) -> int:
     command.use_plain_streams()
 
-    def options(run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None) -> tuple[Path, Path | None]:
+    def chosen(run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None) -> tuple[Path, Path | None]:
         """Plays the comparison of a finished run under every reward mode: does the return rank by what is achieved?
 
         Takes about a minute per mode on two cores, most of it to compile.
@@ -101,13 +101,13 @@ def main(argv: list[str] | None = None) -> int:
         """
         return run, data_dir
 
-    folder, data_dir = tyro.cli(options, args=sys.argv[1:] if argv is None else argv, prog=PROGRAM)
     console = Console()
     try:
         with command.refusing(ValueError, OSError):
+            folder, data_dir = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
             text = text_table(COLUMNS, audit(folder, console, data_dir))
             console.say(text, always=True)
-            (folder / "audit.txt").write_text(text + "\n", encoding="utf-8")
+            records.write_text(folder / "audit.txt", text + "\n")
     except command.Refusal as refusal:
         return command.refused(refusal)
     except KeyboardInterrupt:

@@ -7,17 +7,16 @@ writes a folder with the table, the pictures and everything they were made from;
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from esper_jax import Config, data, presets
-from esper_jax.run import command, devices, job, provenance
+from esper_jax.run import command, compilation, devices, job, options, provenance
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -36,72 +35,62 @@ class Options(job.JobOptions):
     """folder that holds the CIFAR-10 files; none looks in $ESPER_DATA and the user's cache, then downloads"""
 
 
-@dataclass(frozen=True)
-class Early:
-    """The options that decide the defaults of the others."""
-
-    preset: str | None = None
-    data: str | None = None
-    data_dir: str | None = None
-    resume: str | None = None
-    devices: int = 0
-
-
 def parse(argv: list[str]) -> Options:
-    """The command line. Raises ValueError for what does not go together; exits with a hint for an unknown option."""
-    check_given_once(argv)
-    early = [word for word in argv if word not in ("-h", "--help")]
-    asked, _ = tyro.cli(Early, args=early, prog=PROGRAM, add_help=False, return_unknown_args=True)
-    card = provenance.read_card(Path(asked.resume)) if asked.resume else None
+    """The command line. Raises ValueError for what cannot be; prints the help and exits if that is asked for."""
+    asked = options.check(argv, Options)
+    word = lambda name: asked[name][0] if name in asked else None
+    resume, folder = word("--resume"), word("--data-dir")
+    card = provenance.read_card(Path(resume)) if resume is not None else None
     then = Config.from_json(json.dumps(card["config"])) if card else None
-    devices.use_cpus(asked.devices or (then.devices if then else 0))
-    known = asked.preset if asked.preset in presets.PRESETS else None  # another is refused below, with its neighbours
+    devices.use_cpus(int(word("--devices") or 0) or (then.devices if then else 0))
     backend = devices.backend()
-    preset = known or ("quick" if backend == "cpu" else "full")
-    if card:
-        preset, cfg = card["preset"], then
-        place = cfg.data.data_dir
-        if place and not data.named_folder("--data-dir", place).is_dir():  # moved since: looked for as if not named
-            cfg = cfg.replace(**{"data.data_dir": None})
-    else:
-        name = asked.data if asked.data in ("cifar10", "shapes", "digits") else "auto"
-        if name == "auto":  # the sizes depend on the data; who only wants to read the help does not wait for a server
-            wrong = asked.data not in (None, "auto")  # refused below
-            look = len(early) == len(argv) and not wrong
-            name = data.resolve(job.check_folder(asked.data_dir), announce=command.say) if look else "digits"
-        cfg = presets.get(preset, name)
-    if asked.resume and asked.data not in (None, cfg.data.name):
-        raise ValueError(f"--data {asked.data} and --resume: {asked.resume} is a run on {cfg.data.name}")
-    if asked.data_dir:
-        cfg = cfg.replace(**{"data.data_dir": asked.data_dir})
-    options = tyro.cli(Options, args=argv, prog=PROGRAM, default=Options(preset=preset, data=cfg.data.name, config=cfg))
-    for name, instead in (("name", "--data"), ("data_dir", "--data-dir")):
-        if (value := getattr(options.config.data, name)) != getattr(cfg.data, name):
-            raise ValueError(f"--data.{name.replace('_', '-')} {value}: give {instead} {value}, which sizes follow")
-    if options.checkpoint_every < 0:
-        raise ValueError(f"--checkpoint-every = {options.checkpoint_every}: must be at least 0")
-    if options.resume and options.out:
+    preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
+
+    def sized(name: str) -> Config:
+        cfg = then or presets.get(preset, name)
+        place = folder if folder is not None else cfg.data.data_dir
+        if then and folder is None and place and not os.path.isdir(data.named_folder("--data-dir", place)):
+            place = None  # moved since: looked for as if not named
+        return cfg.replace(**{"data.data_dir": place})
+
+    def read(name: str, cfg: Config) -> Options:
+        return options.cli(Options, argv, prog=PROGRAM, default=Options(preset=preset, data=name, config=cfg))
+
+    name = then.data.name if then else word("--data") or "auto"
+    cfg = sized("digits" if name == "auto" else name)
+    chosen = read(name, cfg)
+    check(chosen, cfg, card)
+    if name == "auto":  # the sizes depend on the data; a server is asked once nothing else can be wrong
+        job.check(compilation.spread(chosen.config), chosen.script)
+        name = data.resolve(job.check_folder(folder), announce=command.say)
+        chosen = dataclasses.replace(read(name, sized(name)), data=name)
+    return chosen
+
+
+def check(chosen: Options, cfg: Config, card: dict | None) -> None:
+    """Raises ValueError for options that do not go together; `cfg` is what the configuration was without them."""
+    for name, instead in options.INSTEAD.items():
+        field = name.removeprefix("--data.").replace("-", "_")
+        if (value := getattr(chosen.config.data, field)) != getattr(cfg.data, field):
+            raise ValueError(f"{name} {value}: give {instead} {value}, which sizes follow")
+    if card is None:
+        return
+    resume, then = chosen.resume, provenance.computed(cfg)
+    if chosen.out:
         raise ValueError("--out and --resume: give one of them; a resumed run goes on in its own folder")
-    if options.resume and options.preset != preset:
-        raise ValueError(f"--preset {options.preset} and --resume: {options.resume} is a run of preset {preset}")
-    if options.resume and provenance.computed(options.config) != provenance.computed(cfg):
-        then, now = (json.dumps(provenance.computed(c), indent=0).splitlines() for c in (cfg, options.config))
-        changed = [line.strip(", ") for line, before in zip(now, then, strict=False) if line != before]
+    if chosen.data != cfg.data.name:
+        raise ValueError(f"--data {chosen.data} and --resume: {resume} is a run on {cfg.data.name}")
+    if chosen.preset != card["preset"]:
+        raise ValueError(f"--preset {chosen.preset} and --resume: {resume} is a run of preset {card['preset']}")
+    if (now := provenance.computed(chosen.config)) != then:
+        lines = (json.dumps(computed, indent=0).splitlines() for computed in (now, then))
+        changed = [line.strip(", ") for line, before in zip(*lines, strict=False) if line != before]
         allowed = ", ".join(provenance.NOT_COMPUTED)
-        raise ValueError(f"--resume {options.resume}: {changed[0]}: only {allowed} may differ from then")
-    return options
-
-
-def check_given_once(argv: list[str]) -> None:
-    """Raises ValueError for an option that is given twice, in whichever of its spellings."""
-    names = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
-    twice = [name for name, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]}: is given {names.count(twice[0])} times; must be given once")
+        raise ValueError(f"--resume {resume}: {changed[0]}: only {allowed} may differ from then")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return job.main(PROGRAM, parse, sys.argv[1:] if argv is None else argv)
+    return job.main(PROGRAM, Options, parse, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,23 @@ decides head by head (`esper_jax.control.policy`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import linen as nn
 from jax import lax
 
 import esper_jax
+from esper_jax.config import number
 from esper_jax.gym import GrowthEnv
+from esper_jax.run import command, options
+
+PROGRAM = "python -m experiments.gymnax_ppo"
 
 
 class Transition(NamedTuple):
@@ -125,18 +130,32 @@ def make_train(
     return train
 
 
-def main(env: str = "digits-2slot", updates: int = 20, seed: int = 0) -> None:
-    """Trains a feed-forward policy with PPO and prints the return of an episode and the accuracy at its end.
+@dataclass(frozen=True)
+class Options:
+    """Trains a feed-forward policy with PPO and prints the return of an episode and the accuracy at its end."""
 
-    Args:
-      env: name of the environment, see `esper_jax.make`.
-      updates: of eight episodes each.
-      seed: of everything.
-    """
-    said = jax.jit(make_train(esper_jax.make(env), updates=updates))(jax.random.key(seed))
-    for number, (earned, accuracy) in enumerate(zip(said["return"], said["accuracy"], strict=True)):
-        print(f"update {number + 1}/{updates}  return={earned:.2f}  accuracy={accuracy:.1f}")
+    env: str = "digits-2slot"
+    """name of the environment, see `esper_jax.make`"""
+    updates: int = number(20, above=0)
+    """of eight episodes each"""
+    seed: int = number(0, low=0, high=2**32 - 1)
+    """of everything"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        with command.refusing(ValueError):
+            options.check(argv, Options)
+            chosen = options.cli(Options, argv, prog=PROGRAM)
+            env = esper_jax.make(chosen.env)
+    except command.Refusal as refusal:
+        return command.refused(refusal)
+    said = jax.jit(make_train(env, updates=chosen.updates))(jax.random.key(chosen.seed))
+    for update, (earned, accuracy) in enumerate(zip(said["return"], said["accuracy"], strict=True), start=1):
+        print(f"update {update}/{chosen.updates}  return={earned:.2f}  accuracy={accuracy:.1f}")
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.gymnax_ppo")
+    command.leave(main())

@@ -86,7 +86,7 @@ def test_names():
     assert made.default_params.weights.price == 0.25 and made.default_params.max_steps_in_episode == 7
     with pytest.raises(ValueError, match=r"'digits': must be \{digits,cifar10,shapes\}-Nslot"):
         esper_jax.make("digits")
-    with pytest.raises(ValueError, match=r"environment None: must be \{digits"):
+    with pytest.raises(ValueError, match=r"env = None: must be \{digits"):
         esper_jax.make(None)
     with pytest.raises(ValueError, match="DataConfig.name = 'shapes': must be 'digits', as in 'digits-2slot'"):
         esper_jax.make("digits-2slot", data__name="shapes")
@@ -99,6 +99,21 @@ def test_names():
     longer = env().default_params.replace(max_steps_in_episode=99)
     with pytest.raises(ValueError, match=f"max_steps_in_episode = 99: must be training.epochs = {T}"):
         env().reset(jax.random.key(0), longer)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--env digits", "env = 'digits': must be {digits,cifar10,shapes}-Nslot, such as digits-2slot"),
+        ("--env digits-99slot", "HostConfig.n_blocks = 99: must be in [2, 16]"),
+        ("--seed 99999999999999999999", "--seed 99999999999999999999: must be in [0, 4294967295]"),
+        ("--updates 0", "--updates 0: must be greater than 0"),
+        ("--update 1", "--update: must be an option that --help names; did you mean --updates?"),
+    ],
+)
+def test_the_example_refuses_in_one_line(capsys, argv, said):
+    assert gymnax_ppo.main(argv.split()) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_the_example_trains_on_it():

@@ -172,7 +172,9 @@ def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         leaves, files, meta = (stored[name] for name in ("leaves", "files", "meta"))
-        if not (isinstance(files, dict) and isinstance(meta, dict) and all(set(leaf) == _FACTS for leaf in leaves.values())):
+        if not (
+            isinstance(files, dict) and isinstance(meta, dict) and all(set(leaf) == _FACTS for leaf in leaves.values())
+        ):
             raise ValueError("it is not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None

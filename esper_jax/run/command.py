@@ -43,7 +43,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def refused(error: Refusal) -> int:
+def refused(error: Refusal | str) -> int:
     say(f"error: {error}")
     return REFUSED
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,7 +17,7 @@ import numpy as np
 import tyro
 
 from esper_jax import data
-from esper_jax.config import Config
+from esper_jax.config import Config, number
 from esper_jax.control.arms import controllers
 from esper_jax.enums import LEARNED
 from esper_jax.env.environment import make_env
@@ -23,7 +25,11 @@ from esper_jax.evidence import report, tables
 from esper_jax.network import cnn
 from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
 from esper_jax.run.console import Console, round_note
+from esper_jax.run.options import typed
 from esper_jax.train import RunState, Train, make_train
+from esper_jax.types import Controller
+
+SMALLER = "a smaller --env-chunk, --n-envs, --policy-seeds or --training.epochs needs less"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class JobOptions:
     """file with lines such as `3: germinate slot=0 blueprint=conv_light`; adds the arm `script`"""
     resume: Path | None = None
     """folder of a run to go on with; its configuration becomes the default"""
-    checkpoint_every: int = 1
+    checkpoint_every: int = number(1, low=0)
     """rounds between checkpoints; 0 writes none"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
@@ -61,9 +67,24 @@ class Job(NamedTuple):
 
 def check_folder(data_dir: str | None) -> str | None:
     """The folder, or a ValueError if it is not there."""
-    if data_dir and not data.named_folder("--data-dir", data_dir).is_dir():
-        raise ValueError(f"--data-dir {data_dir}: must be a folder that exists and holds the CIFAR-10 files")
+    if data_dir is not None and not (data_dir and os.path.isdir(data.named_folder("--data-dir", data_dir))):
+        raise ValueError(
+            f"--data-dir {shlex.quote(data_dir)}: must be a folder that exists and holds the CIFAR-10 files"
+        )
     return data_dir
+
+
+def check(cfg: Config, script: Path | str | None) -> tuple[dict[str, Controller], str | None]:
+    """The rules that a run compares, and the text of its script, from its file or as it is. Raises ValueError for what
+    is wrong with options whatever the data are."""
+    devices.check_divides(devices.make_mesh(cfg.devices), cfg)
+    if isinstance(script, Path):
+        try:
+            script = script.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"--script {script}: must be a text file that can be read ({reason})") from None
+    return controllers(cfg, script), script
 
 
 def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) -> Job:
@@ -76,7 +97,6 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     now = datetime.now()
     cfg = compilation.spread(options.config)
     console = Console(quiet=options.quiet)
-    devices.make_mesh(cfg.devices)
     if not options.resume:
         check_folder(cfg.data.data_dir)
         name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
@@ -85,9 +105,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         out = options.resume
         held.enter_context(folder.locked(out))
     before = provenance.read_card(out) if options.resume else {}
-    script = before.get("script")
-    script = options.script.read_text() if options.script else script
-    rules = controllers(cfg, script)
+    rules, script = check(cfg, options.script or before.get("script"))
     header(console, options, cfg, out, rules=len(rules))
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
@@ -95,18 +113,15 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         warn("PRESET full IS MADE FOR A GPU, AND THIS IS A CPU: --preset quick takes minutes, this may take weeks")
     with console.step("data", cfg.data.name) as said:
         dataset = data.load(cfg.data, announce=warn)
-        if (then := before.get("data", {}).get("identity")) and not provenance.same_data(then, dataset.identity):
+        if before and not provenance.same_data(then := before["data"]["identity"], dataset.identity):
             raise ValueError(f"--resume {out}: its data are {then}, those found here {dataset.identity}")
         card = provenance.run_card(cfg, dataset)
         images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
         said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
     if dataset.name != "cifar10":
         warn(f"THE DATA ARE '{dataset.name}', NOT CIFAR-10")
-    env, key = make_env(cfg, dataset), jax.random.key(cfg.seed)
-    if script is not None:  # a slot that does not exist shows itself only when an observation is seen
-        seen = jax.eval_shape(lambda: env.observe(env.init(key)))
-        jax.eval_shape(rules["script"].act, key, rules["script"].init(key), seen)
-    train = make_train(cfg, dataset, rules)
+    make_env(cfg, dataset)  # which sees whether the images are large enough, and enough of them
+    train, key = make_train(cfg, dataset, rules), jax.random.key(cfg.seed)
 
     meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
     run = None
@@ -114,7 +129,8 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         template = compilation.run_template(train, cfg, key)
         run, done = checkpoint.restore(out / "checkpoints", template, meta)
         if done > cfg.rounds:
-            raise ValueError(f"--rounds = {cfg.rounds}: {out} has done {done} rounds already")
+            raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
+        records.RoundLog.check(out / "checkpoints" / "rounds", done)
     if options.resume:
         console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
     card = {
@@ -192,12 +208,12 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
         rows, claim = tables.table(metrics), tables.sentence(metrics, name)
         text = "\n".join([title, "", tables.text_table(tables.COLUMNS, rows), *tables.NOTES, "", claim, ""])
-        (out / "summary.txt").write_text(text, encoding="utf-8")
+        records.write_text(out / "summary.txt", text)
+        shown = pictures(job, metrics)
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        records.write_json(out / "run.json", card)
-        page = report.page(title, rows, claim, pictures(job, metrics), card)
-        (out / "report.html").write_text(page, encoding="utf-8")
+        records.write_text(out / "report.html", report.page(title, rows, claim, shown, card))
+        records.write_json(out / "run.json", card)  # last: it says that all is there
     console.table(tables.COLUMNS, rows)
     for line in (*tables.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
         console.say(line, always=True)
@@ -220,14 +236,23 @@ def pictures(job: Job, metrics: dict[str, np.ndarray]) -> dict[Path, str]:
             drawn[path] = draw(path, metrics, job.card["data"]["name"])
         except Exception as error:  # a run is worth more than a picture of it
             warn(path.name, error)
+            path.unlink(missing_ok=True)
     return drawn
 
 
-def main(program: str, parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
+def stopped(error: OSError, out: Path) -> str:
+    """What a person has to know when the files of a run cannot be written."""
+    free = "free some, then " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    what = f"{error.filename or out}: {error.strerror or command.line(error)}"
+    return f"{what}; {free}go on with --resume {shlex.quote(str(out))}"
+
+
+def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
     """The command line of an experiment: its exit code.
 
     Args:
       program: how it is called, for messages.
+      kind: what its arguments can be.
       parse: the options of its arguments. Raises ValueError for what cannot be.
     """
     command.use_plain_streams()
@@ -240,15 +265,19 @@ def main(program: str, parse: Callable[[list[str]], JobOptions], argv: list[str]
         with contextlib.ExitStack() as held:
             with command.refusing(ValueError, OSError):
                 job = prepare(parse(argv), " ".join([program, *argv]), held)
-            with command.refusing(OSError):  # such as a full disk
+            try:
                 job = start(job)
                 run, rounds = learn(job)
                 publish(job, rounds | compare(job, run))
+            except OSError as error:  # such as a full disk
+                raise command.Refusal(stopped(error, job.out)) from error
     except command.Refusal as refusal:
-        return command.refused(refusal)
+        return command.refused(typed(str(refusal), argv, kind))
     except KeyboardInterrupt:
         command.say(f"stopped; go on with: {program} --resume {job.out}" if job else "stopped")
         return command.STOPPED
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return command.refused(f"out of memory ({command.line(error)[:200]}): {SMALLER}")
         return command.broken(error, job and job.out)
     return 0

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -94,7 +95,8 @@ def test_a_picture_that_fails_costs_only_itself(tmp_path, monkeypatch, lost):
     """`None`: matplotlib cannot be imported."""
 
     def fail(*args):
-        assert (tmp_path / "run.json").read_text().count('"complete"') == 1, "numbers come first"
+        assert (tmp_path / "summary.txt").exists(), "numbers come first"
+        assert not (tmp_path / "run.json").exists(), "complete is said last"
         raise TypeError("no\nfont")
 
     if lost:
@@ -132,6 +134,30 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
         assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
 
 
+def card(cfg, **changes):
+    """The text of a run card with what is read of it."""
+    facts = {"preset": "smoke", "status": "running", "data": {"identity": "md5:1"}, "config": cfg.to_dict()}
+    return json.dumps(facts | changes)
+
+
+SMALL = ["--preset", "smoke", "--data", "digits", "--quiet"]
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path):
+    """The command in this process, without a cache of programs: its exit code and the lines on stderr."""
+    monkeypatch.setattr(compilation, "keep_programs", lambda folder: None)
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_include_full_tracebacks_in_locations
+
+    def call(*argv):
+        code = cifar.main([str(word) for word in argv])
+        return code, capsys.readouterr().err.splitlines()
+
+    yield call
+    jax.config.update("jax_include_full_tracebacks_in_locations", before)
+
+
 @pytest.fixture
 def found(monkeypatch):
     """The data set that `auto` finds, in a list; no server is asked."""
@@ -167,12 +193,33 @@ def test_data_that_are_looked_for_are_said_and_used(found):
         cifar.parse(["--data-dir", "nowhere"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--preset smok", "--preset smok: must be one of smoke, quick, full"),
+        ("--preset smoke --rounds -1", "--rounds -1: must be at least 0"),
+        ("--host.kernel-size 2", "HostConfig.kernel_size = 2: must be odd"),
+        ("--n-envs 7", "Config.n_envs = 7: must be a multiple of 4"),
+        ("--env-chunk 3", "Config.n_envs = 16: must be a multiple of 3"),
+        ("--script nowhere", "--script nowhere: must be a text file"),
+        ("--devices 1000", "Config.devices = 1000: must be at most"),
+        ("--data-dir nowhere", "--data-dir nowhere: must be a folder"),
+        ("--help", None),
+    ],
+)
+def test_no_server_is_asked_for_what_is_wrong(monkeypatch, argv, said):
+    monkeypatch.setattr(cifar.data, "resolve", lambda *args, **kwargs: pytest.fail("asked"))
+    with pytest.raises(ValueError if said else SystemExit, match=said and re.escape(said)):
+        cifar.parse(argv.split())
+
+
 def test_every_option_has_its_default_in_the_help():
     code, out, _ = run("--preset", "smoke", "--help")
     assert code == 0
     text = re.sub(r"[│\s]+", " ", out)
     said = "--n-envs INT environments of a round (E), for each policy seed"
     assert f"{said} (default: {presets.get('smoke').n_envs})" in text
+    assert "and says so (default: auto)" in text
     names = [f.name for f in dataclasses.fields(cifar.Options) if f.name != "config"]
     for field in dataclasses.fields(Config):
         value = getattr(presets.get("smoke"), field.name)
@@ -188,29 +235,87 @@ def test_every_option_has_its_default_in_the_help():
     [
         (["--preste", "smoke"], "--preset"),
         (["--trainning.epochs", "3"], "--training.epochs"),
-        (["--preset", "smok"], "'smoke', 'quick', 'full'"),
-        (["--data", "cifar"], "'cifar10'"),
-        (["--rounds", "x"], "--rounds"),
-        (["--lifecycle.blueprints", "conv_lite"], "conv_light"),
+        (["--preset", "smok"], "--preset smok: must be one of smoke, quick, full"),
+        (["--data", "cifar"], "--data cifar: must be one of auto, cifar10, shapes, digits"),
+        (["--lifecycle.no-seqential"], "did you mean --lifecycle.no-sequential?"),
+        (["--host.slots", "--quiet", "stray"], "--quiet stray: must be given without a value"),
+        (["stray"], "stray: must be an option"),
+        (["--no-quiet"], "Unrecognized options: --no-quiet"),
+        (["--seed"], "--seed: must be given with one value, int, in [0, 4294967295]"),
+        (["--rounds", "x"], "--rounds x: must be int, at least 0"),
+        (["--rounds", "2.5"], "--rounds 2.5: must be int, at least 0"),
+        (["--rounds=-1"], "--rounds -1: must be at least 0"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every -1: must be at least 0"),
+        (["--n-envs", "2147483640"], "--n-envs 2147483640: must be in (0, 65536]"),
+        (["--n_envs", "7"], "--n-envs 7: must be a multiple of 4 (ppo.minibatches)"),
+        (["--ppo.minibatches", "5"], "--n-envs 8: must be a multiple of 5 (ppo.minibatches)"),
+        (["--ppo.learning-rate", "nan"], "--ppo.learning-rate nan: must be finite and greater than 0"),
+        (["--ppo.learning-rate", "1e-46"], "--ppo.learning-rate 1e-46: must be greater than 0 also as float32"),
+        (["--ppo.hidden-size", "2147483647"], "--ppo.hidden-size 2147483647: must be in [2, 4096]"),
+        (["--ppo.op-bias", "1", "x"], "--ppo.op-bias 1 x: must be a tuple of float"),
+        (["--ppo.op-bias", "1", "2"], "--ppo.op-bias 1 2: must be 6 numbers, one per op"),
+        (["--reward.mode", "paid"], "--reward.mode paid: must be one of paired, shaped, simplified, sparse"),
+        (["--training.clip-norm", "abc"], "--training.clip-norm abc: must be float, greater than 0 or none"),
+        (["--lifecycle.sequential", "maybe"], "--lifecycle.sequential maybe: must be given without a value"),
+        (
+            ["--lifecycle.blueprints", "conv_lite"],
+            "--lifecycle.blueprints conv_lite: must be one or more of conv_light",
+        ),
+        (["--host.pool-layers", "9"], "--host.pool-layers 9: must be at most n_blocks = 2"),
+        (["--host.n-blocks", "16"], "n_blocks = 16 or kernel_size = 3: the host has 25,770,7"),
+        (["--host.base-channels", "100000"], "--host.base-channels 100000: must be in (0, 1024]"),
+        (["--data.image-size", "9"], "--data.image-size 9: must be 8, 16, 32 or none"),
+        (["--data.data-dir", "x"], "give --data-dir x, which sizes follow"),
+        (["--data-dir", ""], "--data-dir '': must be the name of a folder, or none"),
+        (["--data-dir", "x" * 300], f"--data-dir {'x' * 300}: must be a folder that exists"),
+        (["--script", "nope.txt"], "--script nope.txt: must be a text file that can be read (No such file"),
+        (["--script", "."], "--script .: must be a text file that can be read (Is a directory)"),
+        (["--script", "binary"], "--script binary: must be a text file that can be read (it is not UTF-8)"),
+        (["--script", "far"], "script line 2: decision = '999999999999': must be a number from 0 to 14"),
+        (["--resume", "nowhere"], "nowhere: must be the folder of a run, with its run.json"),
     ],
 )
-def test_bad_options_name_the_good_ones(found, argv, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cifar.parse(argv)
-    assert stop.value.code == 2
-    assert said in re.sub(r"[│\s]+", " ", "".join(capsys.readouterr()))
+def test_bad_options_name_the_good_ones(main, argv, said):
+    Path("binary").write_bytes(b"0: wait\xff")
+    Path("far").write_text("0: wait\n999999999999: wait\n")
+    code, (line,) = main(*argv, *([] if "--preset" in argv else SMALL[:2]))
+    assert code == 2 and line.startswith("error: ") and said in line
+    assert sorted(path.name for path in Path().iterdir()) == ["binary", "far"]
+
+
+def test_none_is_spelt_as_in_the_messages(found):
+    for none in ("none", "None"):
+        cfg = cifar.parse(["--training.clip-norm", none, f"--ppo.target-kl={none}"]).config
+        assert cfg.training.clip_norm is cfg.ppo.target_kl is None
+
+
+def test_memory_that_is_not_there_is_one_line(main, monkeypatch):
+    for error in (MemoryError("Unable to allocate 9 GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        monkeypatch.setattr(jobs, "start", lambda job, error=error: (_ for _ in ()).throw(error))
+        code, (line,) = main(*SMALL)
+        assert code == 2 and line.startswith(f"error: out of memory ({error}): a smaller --env-chunk, --n-envs, ")
+
+
+def test_a_disk_that_is_full_is_one_line(main, monkeypatch):
+    for where, said in (("run/checkpoints", "run/checkpoints"), (None, "run")):
+        full = OSError(errno.ENOSPC, "No space left on device", where)
+        monkeypatch.setattr(jobs, "start", lambda job, full=full: (_ for _ in ()).throw(full))
+        code, (line,) = main(*(["--resume", "run", "--quiet"] if where is None else [*SMALL, "--out", "run"]))
+        assert code == 2
+        assert line == f"error: {said}: No space left on device; free some, then go on with --resume run"
+    assert not Path("run/traceback.txt").exists()
 
 
 def test_what_does_not_go_together_is_refused(found, tmp_path):
-    with pytest.raises(ValueError, match="checkpoint-every = -1"):
-        cifar.parse(["--checkpoint-every", "-1"])
     with pytest.raises(ValueError, match="must be the folder of a run, with its run.json"):
         cifar.parse(["--resume", str(tmp_path)])
     cfg = presets.get("smoke")
-    (tmp_path / "run.json").write_text(json.dumps({"preset": "smoke", "config": dataclasses.asdict(cfg)}))
+    (tmp_path / "run.json").write_text(card(cfg))
     assert cifar.parse(["--resume", str(tmp_path), "--rounds", "9"]).config == cfg.replace(rounds=9)
     with pytest.raises(ValueError, match="only rounds, report_envs, devices may differ"):
         cifar.parse(["--resume", str(tmp_path), "--seed", "9"])
+    with pytest.raises(ValueError, match="is a run on digits"):
+        cifar.parse(["--resume", str(tmp_path), "--data", "shapes"])
     with pytest.raises(ValueError, match="is a run of preset smoke"):
         cifar.parse(["--resume", str(tmp_path), "--preset", "quick"])
     with pytest.raises(ValueError, match="give one of them"):
@@ -242,40 +347,23 @@ def test_devices_are_asked_for_before_there_are_any(tmp_path, monkeypatch, found
     asked = []
     monkeypatch.setattr(devices, "use_cpus", asked.append)
     monkeypatch.setattr(devices, "backend", lambda: "cpu" if asked else pytest.fail("too late"))
-    cifar.parse(["--devices", "3"])
+    cifar.parse(["--data", "digits", "--devices", "3"])
     cfg = presets.get("smoke").replace(devices=2)
-    (tmp_path / "run.json").write_text(json.dumps({"preset": "smoke", "config": dataclasses.asdict(cfg)}))
+    (tmp_path / "run.json").write_text(card(cfg))
     cifar.parse(["--resume", str(tmp_path)])
     cifar.parse(["--resume", str(tmp_path), "--devices", "1"])
     assert asked == [3, 2, 1]
 
 
-SMALL = ["--preset", "smoke", "--data", "digits", "--quiet"]
-
-
-@pytest.fixture
-def main(monkeypatch, capsys, tmp_path):
-    """The command in this process, without a cache of programs: its exit code and the lines on stderr."""
-    monkeypatch.setattr(compilation, "keep_programs", lambda folder: None)
-    monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_include_full_tracebacks_in_locations
-
-    def call(*argv):
-        code = cifar.main([str(word) for word in argv])
-        return code, capsys.readouterr().err.splitlines()
-
-    yield call
-    jax.config.update("jax_include_full_tracebacks_in_locations", before)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--seed", "1" + "0" * 22], "Config.seed = 1"),
+        (["--seed", "1" + "0" * 22], "--seed 1" + "0" * 22 + ": must be in"),
         (["--data-dir", "~nobody_at_all/x"], "--data-dir ~nobody_at_all/x: must be a folder that exists"),
         (["--seed", "1", "--seed", "2"], "--seed: is given 2 times"),
-        (["--devices", "1000"], "Config.devices = 1000: must be at most"),
+        (["--devices", "1000"], "--devices 1000: must be at most"),
         (["--out", "file"], "--out file: must be a folder that is empty or can be made"),
+        (["--out", "x" * 300], f"--out {'x' * 300}: must be a folder that is empty or can be made (File name too"),
     ],
 )
 def test_known_causes_are_one_line(main, tmp_path, options, said):
@@ -384,9 +472,9 @@ def test_an_interrupt_while_compiling_ends_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--data", "digits", "--n-envs", "3"], "Config.n_envs = 3: must be a multiple of ppo.minibatches"),
-        (["--data", "digits", "--training.batch-size", "5000"], "batch_size = 5000: must be at most"),
-        (["--data", "digits", "--script", "{script}"], "slot = 7: must be 0 to 1"),
+        (["--data", "digits", "--n-envs", "3"], "--n-envs 3: must be a multiple of 4 (ppo.minibatches)"),
+        (["--data", "digits", "--training.batch-size", "5000"], "--training.batch-size 5000: must be at most"),
+        (["--data", "digits", "--script", "{script}"], "script line 1: slot = '7': must be one of 0, 1"),
         (["--data", "digits", "--out", "{folder}"], "is not empty"),
         (["--data-dir", "{folder}/nowhere"], "nowhere: must be a folder that exists"),
     ],
@@ -404,19 +492,27 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, options, said):
 
 
 @pytest.mark.parametrize(
-    ("card", "said"),
+    ("text", "said"),
     [
         (None, "must be the folder of a run, with its run.json"),
         ('{"status": "comp', "run.json: must be the run.json of a run: Unterminated string"),
         ("[1]", "run.json: must be the run.json of a run"),
         ('{"status": "complete"}', "must be the run.json of a run: no 'config'"),
-        ("{running}", "its status is 'running': must be complete"),
+        ("[" * 10**5, "must be the run.json of a run: maximum recursion depth"),
+        ({}, "its status is 'running': must be complete"),
+        ({"data": None}, "run.json: must be the run.json of a run: data = None: must be an object"),
+        ({"data": {}}, "run.json: must be the run.json of a run: no 'identity'"),
+        ({"data": {"identity": 5}}, "data.identity = 5: must be a text"),
+        ({"script": 5}, "run.json: must be the run.json of a run: script = 5: must be a text or null"),
+        ({"status": []}, "run.json: must be the run.json of a run: status = []: must be a word"),
+        ({"preset": "huge"}, "preset = 'huge': must be one of smoke, quick, full"),
+        ({"preset": []}, "preset = []: must be one of smoke, quick, full"),
+        ({"config": []}, "must be the run.json of a run: Config = []: must be an object"),
     ],
 )
-def test_only_a_finished_run_is_audited(tmp_path, card, said):
-    whole = {"preset": "smoke", "status": "running", "config": dataclasses.asdict(presets.get("smoke"))}
-    if card is not None:
-        (tmp_path / "run.json").write_text(card.replace("{running}", json.dumps(whole)))
+def test_only_a_finished_run_is_audited(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text if isinstance(text, str) else card(presets.get("smoke"), **text))
     with pytest.raises(ValueError, match=re.escape(said)):
         audit.audit(tmp_path, Console(file=io.StringIO()))
 
