@@ -19,6 +19,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, kee
 def _writing(folder: str | Path) -> Iterator[None]:
     """Makes one OSError of whatever Orbax raises that cannot write; what it would log of each thread says no more."""
     log = logging.getLogger("absl")
-    before, log.disabled = log.disabled, True
+    before = log.disabled, sys.unraisablehook
+    log.disabled, sys.unraisablehook = True, lambda unraisable: None
     try:
         yield
     except OSError as error:
@@ -61,9 +64,10 @@ def _writing(folder: str | Path) -> Iterator[None]:
     except Exception as error:  # TensorStore has a ValueError for everything, Orbax wraps it in its own
         full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
         number = errno.ENOSPC if full else errno.EIO
+        time.sleep(0.3)  # its other writers find out that nobody waits for them
         raise OSError(number, os.strerror(number) if full else str(error), str(folder)) from error
     finally:
-        log.disabled = before
+        log.disabled, sys.unraisablehook = before
 
 
 def _save(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int) -> Path:

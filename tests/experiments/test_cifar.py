@@ -518,9 +518,8 @@ def test_only_a_finished_run_is_audited(tmp_path, text, said):
 
 
 def test_full_on_a_cpu_is_loud(tmp_path):
-    script = tmp_path / "script.txt"
-    script.write_text("0: germinate slot=7 blueprint=conv_light\n")  # stops it before anything is compiled
-    options = ("--preset", "full", "--data", "digits", "--quiet", "--script", script, "--out", tmp_path / "out")
+    stop = ("--training.batch-size", "5000")  # before anything is compiled
+    options = ("--preset", "full", "--data", "digits", "--quiet", *stop, "--out", tmp_path / "out")
     code, out, _ = run(*options)
     assert code == 2 and "PRESET full IS MADE FOR A GPU" in out
 
