@@ -131,7 +131,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: is missing") from None
     # whatever NumPy and zipfile make of bytes that nobody wrote
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: is damaged ({error})") from None
+        raise ValueError(f"{path}: is damaged") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,9 +160,12 @@ class RoundLog:
         first = None
         for number in range(done):
             path = RoundLog._path(folder, number)
-            facts = {name: (array.shape, array.dtype) for name, array in read_arrays(path).items()}
-            if facts != (first := first or facts):
-                raise ValueError(f"{path}: is damaged (its arrays are not those of the other rounds)")
+            try:
+                facts = {name: (array.shape, array.dtype) for name, array in read_arrays(path).items()}
+                if facts != (first := first or facts):
+                    raise ValueError(f"{path}: is not of this run")
+            except ValueError as error:
+                raise ValueError(f"{error}; put it back, or start the run again in another folder") from error
 
     @staticmethod
     def _path(folder: Path, number: int) -> Path:

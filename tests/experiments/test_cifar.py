@@ -28,6 +28,7 @@ from esper_jax.run import job as jobs
 from esper_jax.run.console import Console
 from experiments import audit, cifar
 
+jax.device_count()  # the tests' devices are there before a command asks for others
 ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "checkpoints", "curves.png", "grown.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv",
@@ -410,6 +411,25 @@ def test_a_run_that_is_at_work_is_not_resumed(main, monkeypatch, tmp_path):
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     assert main("--resume", "run", "--quiet")[0] == 130
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_what_a_run_goes_on_from_is_read_before_anything_is_written(main, monkeypatch, tmp_path):
+    monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(*SMALL, "--out", "run")[0] == 130
+    path = Path("run/run.json")
+    path.write_text(path.read_text().replace('"running"', '"complete"'))
+    before = path.read_bytes()
+    place = Path("run/checkpoints/step_00000001")
+    place.mkdir(parents=True)
+    (place / checkpoint.FINGERPRINT).write_text("[]")
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and f"{place}/fingerprint.json: cannot be read" in line and path.read_bytes() == before
+    monkeypatch.setattr(checkpoint, "restore", lambda *args: (None, 1))
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and line.startswith("error: run/checkpoints/rounds/000000.npz: is missing; put it back")
+    code, (line,) = main("--resume", "run", "--quiet", "--rounds", "0")
+    assert code == 2 and line == "error: --rounds 0: must be at least 1, which run has done already"
+    assert path.read_bytes() == before and {path.name for path in Path("run").iterdir()} == {"checkpoints", "run.json"}
 
 
 def test_starts_at_the_same_time_have_folders_of_their_own(main, monkeypatch, tmp_path):

@@ -36,6 +36,16 @@ def test_cpus_are_those_that_may_be_used(tmp_path, monkeypatch, files, cpus):
     assert devices.usable_cpus(tmp_path) == 1
 
 
+def test_a_message_says_which_devices_there_are(monkeypatch):
+    for there, said in (
+        (3, "at most 3, the devices there are"),
+        (devices.MOST_CPU_DEVICES, "at most 256, the most that"),
+    ):
+        monkeypatch.setattr(jax, "device_count", lambda there=there: there)
+        with pytest.raises(ValueError, match=f"Config.devices = 1000: must be {said}"):
+            devices.make_mesh(1000)
+
+
 def test_more_devices_than_cpus_are_made_if_asked_for(monkeypatch):
     made = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: made.append((name, value)))
