@@ -216,7 +216,7 @@ def make_train(
     rules = {BASELINE: baselines.never()} | rules
     space, n_policies, paired = cfg.action_space, cfg.policy_seeds, cfg.reward.mode == "paired"
     n_features = observation.size(space)
-    decided = jnp.arange(cfg.training.epochs) > 0  # rows that a decision began
+    decided = jnp.arange(cfg.training.epochs, dtype=jnp.int32) > 0  # rows that a decision began
 
     def rollout(dataset, run: RunState, key, who: Who, axis_name):
         def episode(which: Who):
@@ -248,7 +248,7 @@ def make_train(
                 return (new_state, new_obs, memory, terminal), row
 
             start = (state, env.observe(state), fresh, jnp.bool_(False))
-            (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs))
+            (state, *_), rows = lax.scan(epoch, start, jnp.arange(cfg.training.epochs, dtype=jnp.int32))
             return rows, Grown.of(state)
 
         return over_environments(episode, who, cfg.env_chunk)
@@ -294,7 +294,7 @@ def make_train(
     def learn(keys, run: RunState, rows: Rollout, axis_name):
         played = jax.tree.map(lambda leaf: leaf[:n_policies], rows)
         if paired:
-            policies = jnp.broadcast_to(jnp.arange(n_policies)[:, None], played.reward.shape[:2])
+            policies = jnp.broadcast_to(jnp.arange(n_policies, dtype=jnp.int32)[:, None], played.reward.shape[:2])
             twin = rows.info.val_loss[n_policies], rows.info.accepted[n_policies]
             twin_loss = jnp.broadcast_to(jax.vmap(reward.last_accepted)(*twin), played.reward.shape)
             played = paid(played, pay(run.hypers, policies, reward.Course.of(played.info), twin_loss))
@@ -306,7 +306,7 @@ def make_train(
         return over_environments(make_env(cfg, dataset).report, grown, cfg.env_chunk)
 
     def each_policy(key):
-        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_policies))
+        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_policies, dtype=jnp.int32))
 
     def start(key, hypers: Hypers | None = None):
         def one(key):

@@ -1,7 +1,7 @@
 """The numbers of one `smoke` run, pinned: an accidental change of behaviour shows here.
 
-Floating-point sums differ between jax versions, platforms and the vector instructions of a CPU, so there is one hash of
-all numbers per combination; an unknown combination is skipped. Beside it are a few smooth numbers that any CPU has to
+Floating-point sums differ between jax versions, platforms and makes of a processor, so there is one hash of all numbers
+per combination; an unknown combination is skipped. Beside it are a few smooth numbers that any CPU has to
 meet within 0.1 %. After an intended change: `PYTHONPATH=tests python -m tests.test_frozen --renew --numbers` once, then
 without `--numbers` on every other combination.
 """
@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
+import re
 import sys
 
 import jax
@@ -27,13 +29,15 @@ SMOOTH_EPOCHS = 10  # of 16; from then on training under growth has amplified ro
 
 
 def combination() -> str:
-    """jax version, platform, widest vector extension and cores of this machine (threads split sums)."""
+    """jax version, platform, make and model of the processor and its cores (threads split sums)."""
     try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        flags = ""
-    vector = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "other")
-    return f"jax {jax.__version__} {jax.default_backend()} {vector}, {os.cpu_count()} cores"
+        lines = []
+    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    named = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    processor = " ".join(found[name] for name in named if name in found) or platform.processor()
+    return f"jax {jax.__version__} {jax.default_backend()}, {processor}, {os.cpu_count()} cores"
 
 
 @functools.cache

@@ -254,7 +254,7 @@ def _next_blueprint(state: HeuristicState, cfg: HeuristicConfig) -> tuple[Array,
     The next one that isn't penalised too much; if all are, they take turns from the least penalised up (ties by name).
     """
     size = len(cfg.rotation)
-    order = (state.rotation_index + jnp.arange(size)) % size
+    order = (state.rotation_index + jnp.arange(size, dtype=jnp.int32)) % size
     usable = state.penalty[order] < cfg.penalty_threshold
     steps = jnp.argmax(usable)
     name_rank = jnp.asarray(np.argsort(np.argsort(np.array(cfg.rotation), kind="stable")))

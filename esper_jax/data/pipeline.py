@@ -169,7 +169,7 @@ def augment(key: Array, images: Array) -> Array:
     rows = offsets[:, :1] + jnp.arange(height, dtype=jnp.int32)[None]
     columns = offsets[:, 1:] + jnp.arange(width, dtype=jnp.int32)[None]
     columns = jnp.where(flip, padded.shape[2] - 1 - columns, columns)
-    return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return padded[jnp.arange(batch, dtype=jnp.int32)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def train_batch(key: Array, dataset: Dataset, indices: Array) -> tuple[Array, Array]:

@@ -73,7 +73,7 @@ def init(cfg: GovernorConfig) -> GovernorState:
 def statistics(state: GovernorState, cfg: GovernorConfig) -> Statistics:
     """Mean and population deviation of the whole history, in two passes: float32 would cancel in one."""
     window = state.history.shape[0]
-    held = jnp.arange(window) >= window - state.count
+    held = jnp.arange(window, dtype=jnp.int32) >= window - state.count
     n = jnp.maximum(state.count, 1).astype(jnp.float32)
     mean = jnp.where(held, state.history, 0).sum() / n
     deviation = jnp.where(held, state.history - mean, 0)

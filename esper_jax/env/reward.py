@@ -505,7 +505,7 @@ def _shaped(inputs: RewardInputs, weights: RewardWeights, formula: str) -> Rewar
         return credit, blending_warning(one), holding_warning(one, credit), together
 
     seeds = {name: jnp.atleast_1d(getattr(inputs, name)) for name in SEED_FIELDS}
-    targeted = jnp.arange(seeds["stage"].shape[0]) == inputs.slot
+    targeted = jnp.arange(seeds["stage"].shape[0], dtype=jnp.int32) == inputs.slot
     credit, blending, holding, together = (jnp.sum(term) for term in jax.vmap(judge)(seeds, targeted))
     target = inputs.replace(**{name: leaf[inputs.slot] for name, leaf in seeds.items()})
     return RewardComponents(
@@ -560,7 +560,7 @@ class Course:
 
 def last_accepted(values: Array, accepted: Array) -> Array:
     """f32[T]: for each epoch the value of the last one whose loss the governor took (bool[T]); at first, the first."""
-    return values[jax.lax.cummax(jnp.where(accepted, jnp.arange(values.shape[0]), 0))]
+    return values[jax.lax.cummax(jnp.where(accepted, jnp.arange(values.shape[0], dtype=jnp.int32), 0))]
 
 
 def paired(course: Course, twin_loss: Array, weights: RewardWeights, fine: RewardComponents) -> RewardComponents:

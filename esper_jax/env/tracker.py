@@ -191,7 +191,7 @@ def _deltas(state: TrackerState, loss: Array, accuracy: Array) -> tuple[Array, A
 
 
 def _window_minimum(state: TrackerState) -> Array:
-    held = jnp.arange(state.loss_window.shape[0]) >= state.loss_window.shape[0] - state.count
+    held = jnp.arange(state.loss_window.shape[0], dtype=jnp.int32) >= state.loss_window.shape[0] - state.count
     return jnp.min(jnp.where(held, state.loss_window, jnp.inf))
 
 
@@ -199,5 +199,5 @@ def _histories(state: TrackerState) -> dict[str, Array]:
     return dict(
         loss_history=state.loss_window[-HISTORY:],
         accuracy_history=state.accuracy_window[-HISTORY:],
-        history_valid=jnp.arange(HISTORY) >= HISTORY - state.count,
+        history_valid=jnp.arange(HISTORY, dtype=jnp.int32) >= HISTORY - state.count,
     )

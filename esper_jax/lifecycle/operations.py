@@ -72,7 +72,7 @@ def decode(action: Action) -> Request:
 
 def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleConfig) -> tuple[SlotState, Outcome]:
     """Carries out one request; `accuracy` (f32[]) is the environment's present one, remembered by a germination."""
-    here = jnp.arange(slots.stage.shape[0]) == request.slot
+    here = jnp.arange(slots.stage.shape[0], dtype=jnp.int32) == request.slot
     allowed = masks.legal_slots(slots, cfg)[request.op] & here
     gates = stages.gate(slots, cfg)
     asks_gate = (request.op == Op.ADVANCE) | (request.op == Op.FOSSILIZE)

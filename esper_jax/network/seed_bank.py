@@ -135,7 +135,7 @@ def switch(branches: Sequence[Callable]) -> Callable:
             def body(out):
                 if capacity == 0:
                     return out
-                lane = jnp.arange(capacity)
+                lane = jnp.arange(capacity, dtype=jnp.int32)
                 rows = order[jnp.minimum(start + lane, size - 1)]
                 result = jax.vmap(branch)(*jax.tree.map(lambda leaf: leaf[rows], operands))
                 target = jnp.where(lane < count, rows, size)  # padding lanes point outside and are dropped
