@@ -22,7 +22,9 @@ if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_disable_most_optimizations", True)
 TOGETHER = {  # files that share compiled programs
-    **dict.fromkeys(("test_report", "test_records", "test_checkpoint", "test_compilation", "test_cifar"), "run"),
+    **dict.fromkeys(
+        ("test_train", "test_report", "test_records", "test_checkpoint", "test_compilation", "test_cifar"), "run"
+    ),
     **dict.fromkeys(("test_environment", "test_observation"), "environment"),
 }
 FAST = (  # what `pytest -m fast` runs: nothing here compiles an environment or a host's training
@@ -30,7 +32,7 @@ FAST = (  # what `pytest -m fast` runs: nothing here compiles an environment or 
     "test_command", "test_console", "test_folder", "test_provenance", "test_devices", "test_alpha",
     "test_masks", "test_tracker", "test_attribution", "test_heuristic", "test_gae_parity",
 )  # fmt: skip
-LONG = ("test_frozen", "run", "test_train", "environment", "test_ppo", "test_model", "test_throughput")
+LONG = ("run", "test_frozen", "environment", "test_ppo", "test_model", "test_throughput")
 
 
 def pytest_configure(config):

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import tiny_run
 
-from esper_jax.config import PPOConfig
 from esper_jax.control import baselines
 from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.env.reward import Course
@@ -18,21 +17,9 @@ from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import Who, bind, make_train, round_of
 from esper_jax.types import Op
 
-P, T, E = 2, 12, 8
-# One minibatch: how environments are put together into several depends on the number of devices.
-CFG = tiny.CONFIG.replace(
-    n_envs=E, report_envs=E, policy_seeds=P, ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
-    **{"training.epochs": T},
-)  # fmt: skip
+CFG, RULES, train = tiny_run.CONFIG, tiny_run.RULES, tiny_run.train
+P, T, E = CFG.policy_seeds, CFG.training.epochs, CFG.n_envs
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
-
-
-RULES = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
-
-
-@functools.cache
-def train(n_devices):
-    return make_train(CFG.replace(devices=n_devices), tiny.dataset(), RULES)
 
 
 def rounds(n, *, n_devices=1, seed=0):

@@ -1,7 +1,9 @@
-"""The smallest run that does everything: two rounds and a comparison of the environment in `tiny`, compiled once."""
+"""The smallest run that does everything: two rounds and a comparison of the environment in `tiny`, compiled once for
+all tests of runs."""
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -12,20 +14,24 @@ import pytest
 import tiny
 
 from esper_jax import make_train
+from esper_jax.config import PPOConfig
 from esper_jax.control import baselines
 from esper_jax.run import compilation, records
 from esper_jax.train import Train
 
+# One minibatch: how environments are put together into several depends on the number of devices.
 CONFIG = tiny.CONFIG.replace(
-    n_envs=2,
+    n_envs=8,
     policy_seeds=2,
-    report_envs=2,
+    report_envs=8,
     rounds=2,
     devices=1,
-    **{"training.epochs": 8, "ppo.minibatches": 1, "ppo.epochs": 1, "ppo.hidden_size": 8},
+    ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
+    **{"training.epochs": 12},
 )
-ARMS = ("never", "eager", "random", "policy", "policy_greedy")
-ROWS = ("never", "eager", "random", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
+RULES = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
+ARMS = ("never", "random", "eager", "policy", "policy_greedy")
+ROWS = ("never", "random", "eager", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
 
 
 def as_users_compile(function, optimised=True):
@@ -42,16 +48,12 @@ def _like_a_test(optimised: bool) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_disable_most_optimizations", not optimised)
+    gc.set_threshold(100_000, 50, 100)
 
 
 @functools.cache
-def train():
-    rules = {
-        "never": baselines.never(),
-        "eager": baselines.eager("conv_light", lifecycle=CONFIG.lifecycle),
-        "random": baselines.random(),
-    }
-    return make_train(CONFIG, tiny.dataset(), rules)
+def train(n_devices=1):
+    return make_train(CONFIG.replace(devices=n_devices), tiny.dataset(), RULES)
 
 
 KEY = functools.cache(lambda: jax.random.key(0))
