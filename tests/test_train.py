@@ -369,7 +369,7 @@ def test_a_policy_alone_is_the_same_policy():
 
 
 def policy_alone():
-    t = make_train(CFG.replace(devices=1, policy_seeds=1), tiny.dataset(), RULES)
+    t = make_train(CFG.replace(devices=1, policy_seeds=1), tiny.dataset(), RULES())
     run, same = t.init(jax.random.key(0)), []
     for after, metrics in two_rounds(1)[1:]:
         run, alone = t.update(jax.random.key(0), run)

@@ -29,7 +29,10 @@ CONFIG = tiny.CONFIG.replace(
     ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
     **{"training.epochs": 12},
 )
-RULES = {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
+# a function: a controller is made of arrays, and a process that imports this may have its devices still to choose
+RULES = functools.cache(
+    lambda: {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
+)
 ARMS = ("never", "random", "eager", "policy", "policy_greedy")
 ROWS = ("never", "random", "eager", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
 
@@ -53,7 +56,7 @@ def _like_a_test(optimised: bool) -> None:
 
 @functools.cache
 def train(n_devices=1):
-    return make_train(CONFIG.replace(devices=n_devices), tiny.dataset(), RULES)
+    return make_train(CONFIG.replace(devices=n_devices), tiny.dataset(), RULES())
 
 
 KEY = functools.cache(lambda: jax.random.key(0))

@@ -224,7 +224,8 @@ def parse_script(
             if decision in given:
                 raise _script_error(number, "decision", decision, "a number that no other line has")
             given[decision] = action
-    return [given.get(t, Action()) for t in range(max(given, default=-1) + 1)]
+    wait = Action()
+    return [given.get(t, wait) for t in range(max(given, default=-1) + 1)]
 
 
 def _script_error(line: int, field: str, value: object, allowed: str) -> ValueError:
