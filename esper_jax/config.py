@@ -16,12 +16,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from esper_jax.enums import BLUEPRINTS, CNN_BLUEPRINTS, catalog
-from esper_jax.network.blueprints import CNN, Blueprint
+from esper_jax.network import blueprints
+from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import ActionSpace, Op
 
 # Checkers of types see both; the command line and JSON know names alone.
@@ -153,10 +154,41 @@ def _name(entry: str | Blueprint) -> str:
     return entry if isinstance(entry, str) else entry.name
 
 
+class _Slotted:
+    """What both kinds of hosts say about their slots: by `slots`, and `widths`, the channels after each segment."""
+
+    slots: tuple[str, ...]
+    modules: ClassVar[dict[str, Blueprint]]  # the package's for this host, noop first
+    sized_by: ClassVar[tuple[str, ...]]  # fields that decide how many parameters it has, the first one most
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _check_slots(self) -> None:
+        boundaries = [f"r0c{i}" for i in range(len(self.widths))]
+        _require_names(self, "slots", boundaries, f"different boundaries out of {', '.join(boundaries)}")
+
+    @property
+    def slot_segments(self) -> tuple[int, ...]:
+        """Index of the segment before each slot, in the order of the forward pass."""
+        return tuple(sorted(int(slot[3:]) for slot in self.slots)) if self.slots else tuple(range(len(self.widths)))
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        return tuple(f"r0c{i}" for i in self.slot_segments)
+
+    @property
+    def slot_widths(self) -> tuple[int, ...]:
+        return tuple(self.widths[i] for i in self.slot_segments)
+
+
 @dataclass(frozen=True)
-class HostConfig:
+class HostConfig(_Slotted):
     """The network that is grown: blocks of convolution, BatchNorm, ReLU and (in the first `pool_layers`) max-pool."""
 
+    modules: ClassVar[dict[str, Blueprint]] = blueprints.CNN
+    sized_by: ClassVar[tuple[str, ...]] = ("base_channels", "n_blocks", "kernel_size")
     n_blocks: int = number(3, low=2, high=MOST_BLOCKS)
     """number of blocks; the channels double from one to the next"""
     base_channels: int = number(8, above=0, high=1024)
@@ -172,31 +204,55 @@ class HostConfig:
         _check(self)
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, self, "kernel_size", "odd and positive")
         _require(self.pool_layers <= self.n_blocks, self, "pool_layers", f"at most n_blocks = {self.n_blocks}")
-        boundaries = [f"r0c{i}" for i in range(self.n_blocks)]
-        _require_names(self, "slots", boundaries, f"different boundaries out of {', '.join(boundaries)}")
+        self._check_slots()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels after each block."""
         return tuple(self.base_channels * 2**i for i in range(self.n_blocks))
 
-    @property
-    def slot_blocks(self) -> tuple[int, ...]:
-        """Index of the block before each slot, in the order of the forward pass."""
-        return tuple(sorted(int(slot[3:]) for slot in self.slots)) if self.slots else tuple(range(self.n_blocks))
-
-    @property
-    def slot_names(self) -> tuple[str, ...]:
-        return tuple(f"r0c{i}" for i in self.slot_blocks)
-
-    @property
-    def slot_widths(self) -> tuple[int, ...]:
-        return tuple(self.widths[i] for i in self.slot_blocks)
-
     def param_count(self, channels: int = 3, classes: int = 10) -> int:
         """Number of trained parameters; exact where an array could not be made."""
         pairs = zip((channels, *self.widths), self.widths, strict=False)
         return sum(self.kernel_size**2 * c * o + 2 * o for c, o in pairs) + (self.widths[-1] + 1) * classes
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_Slotted):
+    """The network that is grown: a pre-norm decoder whose read-out is its embedding, cut into equal segments."""
+
+    modules: ClassVar[dict[str, Blueprint]] = blueprints.TRANSFORMER
+    sized_by: ClassVar[tuple[str, ...]] = ("width", "n_layers", "block_size")
+    width: int = number(384, above=0, high=100_000)
+    """channels of the residual stream"""
+    n_heads: int = number(6, above=0, high=1024)
+    n_layers: int = number(6, above=0, high=1000)
+    n_segments: int = number(3, above=0, high=1000)
+    """a slot can sit after each"""
+    block_size: int = number(256, above=0)
+    """longest sequence, in tokens"""
+    dropout: float = number(0.1, low=0, below=1)
+    slots: tuple[str, ...] = ()
+    """boundaries that carry a slot, such as r0c0 r0c2; empty means after every segment"""
+
+    def __post_init__(self):
+        _check(self)
+        _require(self.width % self.n_heads == 0, self, "n_heads", f"a divisor of width = {self.width}")
+        _require(self.n_layers % self.n_segments == 0, self, "n_segments", f"a divisor of n_layers = {self.n_layers}")
+        self._check_slots()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels after each segment."""
+        return (self.width,) * self.n_segments
+
+    def param_count(self, vocabulary: int = 0) -> int:
+        """Number of trained parameters; without a vocabulary, of all but the embedding of the tokens."""
+        d = self.width
+        return (vocabulary + self.block_size) * d + self.n_layers * (12 * d**2 + 13 * d) + 2 * d
+
+
+AnyHostConfig = HostConfig | TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -220,6 +276,31 @@ class DataConfig:
         _check(self)
         _require(self.image_size in (None, 8, 16, 32), self, "image_size", "8, 16, 32 or none")
         _require(self.data_dir != "", self, "data_dir", "the name of a folder, or none")
+
+
+@dataclass(frozen=True)
+class TextDataConfig:
+    name: Literal["topics", "files", "tinystories"] = "topics"
+    """topics is the help text that comes with Python"""
+    files: tuple[str, ...] = ()
+    """of UTF-8 text, read one after the other"""
+    tokens: Literal["characters", "bpe"] = "characters"
+    """one for each character, or byte pairs (needs the extra `text`)"""
+    vocabulary: int = number(512, low=257, high=65_536)
+    """byte pairs: number of tokens"""
+    window: int = number(64, above=0)
+    """tokens of a sequence"""
+    held_out: float = number(0.1, above=0, below=0.5)
+    """share of the text, from its end, for the report test; the same before it for validation"""
+    validation_windows: int = number(64, above=0)
+    """at most so many are measured every epoch"""
+    test_windows: int = number(512, above=0)
+    limit: int | None = number(None, above=0)
+    """use only the first N characters"""
+
+    def __post_init__(self):
+        _check(self)
+        _require((self.name == "files") == bool(self.files), self, "files", "given if and only if name is files")
 
 
 @dataclass(frozen=True)
@@ -260,11 +341,11 @@ class LifecycleConfig:
     strict_min_epochs: int = number(3, low=0)
     """strict: epochs in TRAINING before BLENDING and in BLENDING before HOLDING"""
     strict_min_improvement: float = number(0.5, low=-100, high=100)
-    """strict: percentage points gained in TRAINING before BLENDING"""
+    """strict: points of score gained in TRAINING before BLENDING (images: percentage points of accuracy)"""
     strict_gradient_ratio: float = number(0.10, low=0)
     """strict: seed/host gradient ratio before BLENDING"""
     strict_min_contribution: float = number(1.0, low=-100, high=100)
-    """strict: percentage points contributed before FOSSILIZED"""
+    """strict: points of score contributed before FOSSILIZED"""
     min_prune_age: int = number(1, low=0)
     """epochs a seed must have been measured before it may be pruned"""
     embargo_epochs: int = number(5, above=0)
@@ -318,7 +399,7 @@ class GovernorConfig:
 @dataclass(frozen=True)
 class TrackerConfig:
     plateau_threshold: float = number(0.5, low=-100, high=100)
-    """percentage points of gain below which an epoch counts as plateau"""
+    """points of score gained below which an epoch counts as plateau"""
     history_window: int = number(10, low=5, high=10_000)
     stabilization_threshold: float = number(0.03, low=0)
     stabilization_epochs: int = number(3, low=0)
@@ -359,7 +440,7 @@ class RewardConfig:
     fossilize_cost: float = number(0.01, low=0)
     prune_cost: float = number(0.005, low=0)
     set_alpha_target_cost: float = number(0.005, low=0)
-    terminal_accuracy_weight: float = number(0.05, low=0)
+    terminal_score_weight: float = number(0.05, low=0)
     fossilize_terminal_scale: float = number(3.0, low=0)
     synergy_weight: float = number(0.1, low=0)
     param_budget: float = number(500_000.0, above=0)
@@ -431,21 +512,23 @@ class Config:
         _check(self)
         parts = self.ppo.minibatches
         _require(self.n_envs % parts == 0, self, "n_envs", f"a multiple of {parts} (ppo.minibatches)")
-        allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, the modules for this host"
-        _require_names(self.lifecycle, "blueprints", CNN_BLUEPRINTS, allowed)
+        names = tuple(self.host.modules)
+        allowed = f"one or more of {', '.join(names[1:])}, the modules for this host"
+        _require_names(self.lifecycle, "blueprints", names, allowed)
         self._require_size(self.host.param_count(), "host")
         for module in self.lifecycle.blueprints:
-            if isinstance(module, Blueprint):
-                for width in dict.fromkeys(self.host.slot_widths):
+            for width in dict.fromkeys(self.host.slot_widths):
+                if isinstance(module, Blueprint):
                     module.check(width, self.training.compute_dtype)
-        modules = [CNN[module] if isinstance(module, str) else module for module in self.lifecycle.blueprints]
+        modules = [self.host.modules[m] if isinstance(m, str) else m for m in self.lifecycle.blueprints]
         largest = [max(module.param_count(width) for module in modules) for width in self.host.slot_widths]
         self._require_size(self.host.param_count() + sum(largest), "host with the largest module in every slot")
 
     def _require_size(self, count: int, what: str) -> None:
-        others = f"n_blocks = {self.host.n_blocks} or kernel_size = {self.host.kernel_size}"
-        allowed = f"smaller, or {others}: the {what} has {count:,} parameters, and may have {MOST_PARAMS:,}"
-        _require(count <= MOST_PARAMS, self.host, "base_channels", allowed)
+        name, *others = self.host.sized_by
+        other = " or ".join(f"{field} = {getattr(self.host, field)}" for field in others)
+        allowed = f"smaller, or {other}: the {what} has {count:,} parameters, and may have {MOST_PARAMS:,}"
+        _require(count <= MOST_PARAMS, self.host, name, allowed)
 
     @property
     def action_space(self) -> ActionSpace:
@@ -490,12 +573,33 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """Inverse of `to_json`. Raises ValueError on unknown or missing names and on values of the wrong type."""
+        """Inverse of `to_json`; `Config` reads a `TextConfig` too, which it knows by its host.
+
+        Raises ValueError on unknown or missing names and on values of the wrong type.
+        """
         try:
             tree = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"Config.from_json: not JSON: {error}") from None
-        return _from_dict(cls, tree, "Config")
+        host = tree.get("host") if isinstance(tree, dict) else None
+        of_text = isinstance(host, dict) and "block_size" in host
+        return _from_dict(TextConfig if cls is Config and of_text else cls, tree, "Config")
+
+
+@dataclass(frozen=True)
+class TextConfig(Config):
+    """The same for text: a transformer is grown, and its data are tokens."""
+
+    host: TransformerConfig = field(default_factory=TransformerConfig)  # type: ignore[assignment]
+    data: TextDataConfig = field(default_factory=TextDataConfig)  # type: ignore[assignment]
+    lifecycle: LifecycleConfig = field(
+        default_factory=lambda: LifecycleConfig(blueprints=tuple(blueprints.TRANSFORMER))
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        longest, window = self.host.block_size, self.data.window
+        _require(window <= longest, self.data, "window", f"at most {longest}, the host's block_size")
 
 
 def nearest_hint(name: str, names: Iterable[str]) -> str:
@@ -518,7 +622,7 @@ def _from_dict(cls: type, tree: object, path: str) -> Any:
     hints = get_type_hints(cls)
     for name in tree:
         _known(cls, name)
-    missing = [name for name in hints if name not in tree]
+    missing = [field_.name for field_ in dataclasses.fields(cls) if field_.name not in tree]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     return cls(**{name: _value(hints[name], value, f"{path}.{name}") for name, value in tree.items()})

@@ -8,8 +8,11 @@ from esper_jax.config import (
     HostConfig,
     LifecycleConfig,
     PPOConfig,
+    TextConfig,
+    TextDataConfig,
     TrackerConfig,
     TrainingConfig,
+    TransformerConfig,
     nearest_hint,
 )
 
@@ -93,6 +96,44 @@ PRESETS = {
         ),
     },
 }
+
+
+# Text: a host of 31,000 parameters and a vocabulary of characters.
+_TEXT = TextConfig(
+    host=TransformerConfig(width=32, n_heads=4, n_layers=2, n_segments=2, block_size=64, dropout=0.0),
+    data=TextDataConfig(window=64, validation_windows=16, test_windows=128),
+    training=TrainingConfig(epochs=16, batches_per_epoch=12, batch_size=8, host_lr=0.3, seed_lr=0.3, tile_pixels=0),
+    tracker=TrackerConfig(plateau_threshold=1.5, stabilization_threshold=0.05, stabilization_epochs=2),
+    lifecycle=LifecycleConfig(blueprints=("mlp", "attention", "lora")),
+    ppo=PPOConfig(learning_rate=1e-3, epochs=6, minibatches=4, entropy_coef=0.12, anneal_rounds=12),
+    n_envs=8,
+    policy_seeds=3,
+    rounds=12,
+    report_envs=16,
+)
+TEXT = {
+    "smoke": _TEXT.replace(
+        policy_seeds=1, rounds=2, report_envs=8, **{"lifecycle.blueprints": ("mlp", "lora"), "ppo.anneal_rounds": 2}
+    ),
+    "quick": _TEXT,
+    "full": TextConfig(
+        data=TextDataConfig(name="topics", window=256, validation_windows=64, test_windows=1024),
+        training=TrainingConfig(
+            epochs=50, batches_per_epoch=50, batch_size=32, compute_dtype="bfloat16", tile_pixels=0
+        ),
+        ppo=PPOConfig(anneal_rounds=100, minibatches=8),
+        n_envs=64,
+        policy_seeds=3,
+        rounds=100,
+        report_envs=64,
+        env_chunk=16,
+    ),
+}
+
+
+def text(name: str) -> TextConfig:
+    """The preset of that name in its size for text. Raises ValueError naming the nearest one for an unknown name."""
+    return _lookup(TEXT, "preset", name)
 
 
 def get(name: str, data: str = "digits") -> Config:

@@ -386,7 +386,7 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
             rows, grown = rollout(dataset, run, env_key, who)
             counts = (grown.germinated, grown.fossilised, grown.pruned, grown.rollbacks)
             result = jax.device_get(Comparison(rows, report(dataset, grown), *counts))
-            results.append((who, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)))
+            results.append((who, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), result)))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
         if paired:
             info = together.rollout.info

@@ -2,7 +2,7 @@
 
 Axis letters: E environments, S slots, T epochs of an episode, K alpha configurations, D observation features.
 Every struct here describes ONE environment; a population carries a leading E axis on every leaf.
-Accuracies and contributions are percentage points (0-100).
+Scores and contributions are points of the metric (`metric.Metric`): for images percentage points of accuracy.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class AlphaState:
 class SeedMetrics:
     """What has been measured about the seed in each slot. `*_valid` False = never measured."""
 
-    initial_accuracy: Array  # f32[S] first accuracy recorded after germination
-    current_accuracy: Array  # f32[S]
-    best_accuracy: Array  # f32[S]
-    stage_start_accuracy: Array  # f32[S] accuracy when the present stage was entered
-    germination_accuracy: Array  # f32[S] environment's accuracy when the seed was germinated
-    contribution: Array  # f32[S] accuracy minus the accuracy with this slot off
+    initial_score: Array  # f32[S] first score recorded after germination
+    current_score: Array  # f32[S]
+    best_score: Array  # f32[S]
+    stage_start_score: Array  # f32[S] score when the present stage was entered
+    germination_score: Array  # f32[S] environment's score when the seed was germinated
+    contribution: Array  # f32[S] score minus the score with this slot off
     contribution_valid: Array  # bool[S]
     contribution_velocity: Array  # f32[S] exponential mean of contribution changes
     contribution_age: Array  # i32[S] epochs since the contribution was measured
@@ -127,9 +127,9 @@ class SlotState:
 
     stage: Array  # i32[S] Stage
     previous_stage: Array  # i32[S]
-    epochs_in_stage: Array  # i32[S] accuracies recorded (or cooldown ticks) since the stage was entered
+    epochs_in_stage: Array  # i32[S] scores recorded (or cooldown ticks) since the stage was entered
     previous_epochs_in_stage: Array  # i32[S]
-    epochs_total: Array  # i32[S] accuracies recorded (or cooldown ticks) since germination: the seed's age
+    epochs_total: Array  # i32[S] scores recorded (or cooldown ticks) since germination: the seed's age
     blueprint: Array  # i32[S] number in the catalog, -1 = none
     algorithm: Array  # i32[S] AlphaAlgorithm
     ramp_curve: Array  # i32[S] AlphaCurve of the first ramp, from the germination style
@@ -147,17 +147,17 @@ class Signals:
 
     epoch: Array  # i32[] epochs trained in this episode
     train_loss: Array  # f32[]
-    train_accuracy: Array  # f32[]
+    train_score: Array  # f32[]
     val_loss: Array  # f32[] last accepted validation loss
-    val_accuracy: Array  # f32[]
+    val_score: Array  # f32[]
     loss_delta: Array  # f32[] previous loss minus this one; +inf on the first call of an episode
-    accuracy_delta: Array  # f32[]
+    score_delta: Array  # f32[]
     plateau_epochs: Array  # i32[]
     host_stabilized: Array  # bool[] latch
-    best_val_accuracy: Array  # f32[]
+    best_val_score: Array  # f32[]
     best_val_loss: Array  # f32[] minimum over the window of the tracker, not over the episode
     loss_history: Array  # f32[5] oldest first
-    accuracy_history: Array  # f32[5]
+    score_history: Array  # f32[5]
     history_valid: Array  # bool[5]
     available_slots: Array  # i32[] empty slots
 

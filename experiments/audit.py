@@ -46,9 +46,9 @@ def returns(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
 
 
 def gains(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
-    """f[P R] report-test accuracy of what each episode kept, minus that of the bare host."""
-    base = arms[BASELINE].test.committed
-    return {name: np.asarray(result.test.committed - base).ravel() for name, result in arms.items()}
+    """f[P R] report-test score of what each episode kept, minus that of the bare host."""
+    base = arms[BASELINE].test.committed_score
+    return {name: np.asarray(result.test.committed_score - base).ravel() for name, result in arms.items()}
 
 
 def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, meta: dict) -> dict[str, Comparison]:

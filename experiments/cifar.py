@@ -8,8 +8,8 @@ writes a folder with the table, the pictures and everything they were made from;
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,21 @@ class Options(job.JobOptions):
     data_dir: Path | None = None
     """folder that holds the CIFAR-10 files; none looks in $ESPER_DATA and the user's cache, then downloads"""
 
+    def meant(self, dataset: data.AnyDataset) -> str | None:
+        return None if dataset.name == "cifar10" else "CIFAR-10"
+
+    def check_data(self) -> None:
+        check_folder(self.config.data.data_dir)
+
+
+def check_folder(data_dir: str | None) -> str | None:
+    """The folder, or a ValueError if it is not there."""
+    if data_dir is not None and not (data_dir and os.path.isdir(data.named_folder("--data-dir", data_dir))):
+        raise ValueError(
+            f"--data-dir {shlex.quote(data_dir)}: must be a folder that exists and holds the CIFAR-10 files"
+        )
+    return data_dir
+
 
 def parse(argv: list[str]) -> Options:
     """The command line. Raises ValueError for what cannot be; prints the help and exits if that is asked for."""
@@ -41,7 +56,7 @@ def parse(argv: list[str]) -> Options:
     word = lambda name: asked[name][0] if name in asked else None
     resume, folder = word("--resume"), word("--data-dir")
     card = provenance.read_card(Path(resume)) if resume is not None else None
-    then = Config.from_json(json.dumps(card["config"])) if card else None
+    then = job.config_of(card, Config, resume)
     devices.use_cpus(int(word("--devices") or 0) or (then.devices if then else 0))
     backend = devices.backend()
     preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
@@ -62,7 +77,7 @@ def parse(argv: list[str]) -> Options:
     check(chosen, cfg, card)
     if name == "auto":  # the sizes depend on the data; a server is asked once nothing else can be wrong
         job.check(compilation.spread(chosen.config), chosen.script)
-        name = data.resolve(job.check_folder(folder), announce=command.say)
+        name = data.resolve(check_folder(folder), announce=command.say)
         chosen = dataclasses.replace(read(name, sized(name)), data=name)
     return chosen
 
@@ -73,20 +88,10 @@ def check(chosen: Options, cfg: Config, card: dict | None) -> None:
         field = name.removeprefix("--data.").replace("-", "_")
         if (value := getattr(chosen.config.data, field)) != getattr(cfg.data, field):
             raise ValueError(f"{name} {value}: give {instead} {value}, which sizes follow")
-    if card is None:
-        return
-    resume, then = chosen.resume, provenance.computed(cfg)
-    if chosen.out:
-        raise ValueError("--out and --resume: give one of them; a resumed run goes on in its own folder")
-    if chosen.data != cfg.data.name:
-        raise ValueError(f"--data {chosen.data} and --resume: {resume} is a run on {cfg.data.name}")
-    if chosen.preset != card["preset"]:
-        raise ValueError(f"--preset {chosen.preset} and --resume: {resume} is a run of preset {card['preset']}")
-    if (now := provenance.computed(chosen.config)) != then:
-        lines = (json.dumps(computed, indent=0).splitlines() for computed in (now, then))
-        changed = [line.strip(", ") for line, before in zip(*lines, strict=False) if line != before]
-        allowed = ", ".join(provenance.NOT_COMPUTED)
-        raise ValueError(f"--resume {resume}: {changed[0]}: only {allowed} may differ from then")
+    if card is not None:
+        if chosen.data != cfg.data.name:
+            raise ValueError(f"--data {chosen.data} and --resume: {chosen.resume} is a run on {cfg.data.name}")
+        job.check_resumed(chosen, cfg, card)
 
 
 def main(argv: list[str] | None = None) -> int:

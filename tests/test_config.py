@@ -21,6 +21,8 @@ from esper_jax.config import (
     LifecycleConfig,
     PPOConfig,
     RewardConfig,
+    TextConfig,
+    TextDataConfig,
     TrackerConfig,
     TrainingConfig,
 )
@@ -130,6 +132,10 @@ REFUSED = [
     (Config, "seed", -1, r"in \[0, 4294967295\]"),  # the key of a number is that of its last 32 bits
     (Config, "seed", 2**32, r"in \[0, 4294967295\]"),
     (Config, "host", None, "HostConfig$"),
+    (TextConfig, "host", HostConfig(), "TransformerConfig$"),
+    (TextDataConfig, "files", ("a.txt",), "given if and only if name is files$"),
+    (TextDataConfig, "vocabulary", 256, r"in \[257, 65536\]"),
+    (TextDataConfig, "held_out", 0.5, r"in \(0, 0.5\)"),
 ]
 
 
@@ -159,7 +165,8 @@ ZERO = NEGATIVE | {
     "GovernorConfig.absolute_threshold", "GovernorConfig.death_penalty", "TrackerConfig.stabilization_threshold",
     "TrackerConfig.stabilization_epochs", "TrackerConfig.regression_threshold", "PPOConfig.gae_lambda",
     "PPOConfig.value_coef", "PPOConfig.entropy_coef", "PPOConfig.entropy_coef_final", "PPOConfig.anneal_rounds",
-    "Config.devices", "Config.rounds", "Config.seed",
+    "Config.devices", "Config.rounds", "Config.seed", "TextConfig.devices", "TextConfig.rounds", "TextConfig.seed",
+    "TransformerConfig.dropout",
 }  # fmt: skip
 ZERO |= {name for name, (cls, _, kind) in FIELDS.items() if cls is RewardConfig and kind is float} - {
     "RewardConfig.loss_scale", "RewardConfig.loss_cap", "RewardConfig.rent_host_floor", "RewardConfig.param_budget",
@@ -172,6 +179,11 @@ BESIDE = {
     "HostConfig.n_blocks": {"pool_layers": 2},
     "HostConfig.pool_layers": {"n_blocks": 16},
     "Config.n_envs": {"ppo": PPOConfig(minibatches=1)},
+    "TextConfig.n_envs": {"ppo": PPOConfig(minibatches=1)},
+    "TransformerConfig.width": {"n_heads": 1},
+    "TransformerConfig.n_heads": {"width": 1024},
+    "TransformerConfig.n_layers": {"n_segments": 1},
+    "TransformerConfig.n_segments": {"n_layers": 1000},
 }
 
 
@@ -362,7 +374,7 @@ def test_hosts():
     host = HostConfig(n_blocks=4, base_channels=6, slots=("r0c3", "r0c1"))
     assert host.widths == (6, 12, 24, 48)
     # in the order of the forward pass
-    assert (host.slot_blocks, host.slot_names, host.slot_widths) == ((1, 3), ("r0c1", "r0c3"), (12, 48))
+    assert (host.slot_segments, host.slot_names, host.slot_widths) == ((1, 3), ("r0c1", "r0c3"), (12, 48))
     assert HostConfig().slot_names == ("r0c0", "r0c1", "r0c2") and HostConfig().slot_widths == (8, 16, 32)
 
 

@@ -66,13 +66,22 @@ def test_imports_follow_the_order(folder):
         assert found <= UPWARD.get(folder, set()), module
 
 
+def test_nobody_asks_which_host_it_is():
+    """What is shared by all hosts knows the interface alone."""
+    hosts = {"cnn", "transformer", "layers", "sequences"}
+    for module in FILES:
+        if part(module) in ("lifecycle", "env", "control", "train") or module == "esper_jax.network.blend":
+            found = {name.removeprefix("esper_jax.network.").partition(".")[0] for name in imported(module)}
+            assert not found & hosts, module
+
+
 def test_evidence_reads_files_only():
     own = [module for module in FILES if part(module) == "evidence"]
     assert own
     for module in own:
         names = set(imported(module))
         assert not {name for name in names if name.partition(".")[0] in ("jax", "jaxlib", "flax", "chex")}, module
-        assert {part(name) for name in names} <= {None, "enums", "evidence"}, module
+        assert {part(name) for name in names} <= {None, "enums", "evidence", "metric"}, module
 
 
 def test_evidence_needs_no_jax():

@@ -37,7 +37,7 @@ def lives(cfg):
         after, outcome = operations.execute(slots, request, accuracy, cfg)
         ticked = stages.tick(after, cfg)
         measured = stages.is_active(ticked.stage) & (ticked.alpha.alpha > 0)
-        end = stages.record_accuracy(stages.record_contribution(ticked, contribution, measured), accuracy)
+        end = stages.record_score(stages.record_contribution(ticked, contribution, measured), accuracy)
         m = end.metrics
         end = end.replace(
             metrics=m.replace(gradient_valid=stages.is_active(end.stage), gradient_ratio=m.gradient_ratio + 0.1)

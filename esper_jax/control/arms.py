@@ -14,7 +14,7 @@ from esper_jax.types import Array, Controller
 def default_controllers(cfg: Config) -> dict[str, Controller]:
     """The rules that a learned policy has to beat, with the blueprints that the configuration offers."""
     offered = cfg.lifecycle.offered
-    modules = seed_bank.table(cfg.lifecycle.blueprints)[1:]
+    modules = seed_bank.table(cfg.lifecycle.blueprints, cfg.host.modules)[1:]
     largest = [max(modules, key=lambda module: module.param_count(width)).name for width in cfg.host.slot_widths]
     rotation = tuple(name for name in heuristic.HeuristicConfig().rotation if name in offered)
     regular = "conv_light" if "conv_light" in offered else largest[-1]

@@ -31,12 +31,12 @@ from esper_jax.types import (
 
 FORGOTTEN_PENALTY = 0.1  # a blueprint's penalty below this is dropped
 FULL_CONFIDENCE_PLATEAU = 5.0  # epochs
-FULL_CONFIDENCE_CONTRIBUTION = 5.0  # percentage points
+FULL_CONFIDENCE_CONTRIBUTION = 5.0  # points of score
 
 
 @dataclass(frozen=True)
 class HeuristicConfig:
-    """Thresholds of the rules. Epochs are host epochs, accuracies percentage points.
+    """Thresholds of the rules. Epochs are host epochs, scores points of the metric.
 
     Raises:
       ValueError: if `rotation` is empty or names a blueprint that is not in `available`.

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from esper_jax.config import DataConfig
-from esper_jax.data import cifar10, digits, shapes
+from esper_jax.config import DataConfig, TextDataConfig
+from esper_jax.data import cifar10, digits, shapes, text
 from esper_jax.data.cifar10 import named_folder
 from esper_jax.data.pipeline import DataError, Dataset, Split, epoch_batches, normalise, split, train_batch
+from esper_jax.data.text import TextDataset
 
 __all__ = [
-    "DataError", "Dataset", "Split", "epoch_batches", "load", "named_folder", "normalise", "resolve", "train_batch",
+    "AnyDataset", "DataError", "Dataset", "Split", "TextDataset", "epoch_batches", "load", "named_folder", "normalise",
+    "resolve", "train_batch",
 ]  # fmt: skip
+
+AnyDataset = Dataset | TextDataset
 
 # Seconds that servers have to answer: when CIFAR-10 was asked for, and when it would only be nice to have.
 PATIENCE, AUTO_PATIENCE = 10.0, 3.0
@@ -38,8 +43,11 @@ def resolve(
 
 
 def load(
-    cfg: DataConfig, *, announce: Callable[[str], None] = print, archive: cifar10.Archive = cifar10.OFFICIAL
-) -> Dataset:
+    cfg: DataConfig | TextDataConfig,
+    *,
+    announce: Callable[[str], None] = print,
+    archive: cifar10.Archive = cifar10.OFFICIAL,
+) -> Any:
     """The data set a configuration names, split and on the device.
 
     `auto` is CIFAR-10, or `digits` if that cannot be had; `announce` then receives one line that says so. The digits
@@ -48,6 +56,8 @@ def load(
 
     Raises DataError (a ValueError) if the data cannot be had, are wrong, or are fewer than the limits ask for.
     """
+    if isinstance(cfg, TextDataConfig):
+        return text.load(cfg)
     name = resolve(cfg.data_dir, announce=announce, archive=archive) if cfg.name == "auto" else cfg.name
     if name == "digits":
         arrays = digits.load()

@@ -6,7 +6,7 @@ normalised; everything random takes a key.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from esper_jax.config import DataConfig
+from esper_jax.metric import ACCURACY, Metric
 from esper_jax.types import Array
 
 SPLIT_SEED = 0  # of the one permutation that decides which images validate, whatever the seed of a run
@@ -28,10 +29,18 @@ class Split:
     images: Array  # u8[N, H, W, C]
     labels: Array  # i32[N]
 
+    @property
+    def inputs(self) -> Array:
+        """The images."""
+        return self.images
+
 
 @struct.dataclass
 class Dataset:
-    """Three disjoint splits on the device, and what a run has to say about them."""
+    """Images in three disjoint splits on the device, and what a run has to say about them.
+
+    What an environment asks of any data is in its properties and methods; `text.TextDataset` has the same.
+    """
 
     train: Split
     validation: Split  # all that controller, reward, governor and gates see
@@ -43,6 +52,49 @@ class Dataset:
     augment: bool = struct.field(pytree_node=False)
     identity: str = struct.field(pytree_node=False)  # a hash of the data before they were split
     source: str = struct.field(pytree_node=False)  # where they came from
+
+    @property
+    def example(self) -> tuple[int, ...]:
+        """Shape of one input, (H, W, C)."""
+        return self.train.images.shape[1:]
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def facts(self) -> dict[str, Any]:
+        """For the run card: how many images are in each split, and what they are."""
+        images = {part: len(getattr(self, part).labels) for part in ("train", "validation", "test")}
+        return {
+            "images": images, "shape": list(self.example), "classes": list(self.classes), "augmented": self.augment,
+        }  # fmt: skip
+
+    def sizes(self) -> str:
+        """How many images are in each split, for a line."""
+        return ", ".join(f"{n} {part}" for part, n in self.facts()["images"].items())
+
+    def metric(self, split: Split) -> Metric:
+        """What a host is judged by on a split."""
+        del split
+        return ACCURACY
+
+    @property
+    def train_size(self) -> int:
+        """Images that can be drawn."""
+        return self.train.labels.shape[0]
+
+    def order(self, key: Array, batches: int, batch_size: int) -> Array:
+        """Indices of an epoch, i32 `[batches, batch_size]`; see `epoch_batches`."""
+        return epoch_batches(key, self.train_size, batches, batch_size)
+
+    def batch(self, key: Array, indices: Array) -> tuple[Array, Array]:
+        """A batch of an epoch; see `train_batch`."""
+        return train_batch(key, self, indices)
+
+    def prepare(self, inputs: Array) -> Array:
+        """What the host reads; see `normalise`."""
+        return normalise(self, inputs)
 
 
 class Arrays(NamedTuple):

@@ -1,6 +1,6 @@
-"""What each slot is worth, exactly, from the accuracies of the host under on/off configurations of its slots.
+"""What each slot is worth, exactly, from the scores of the host under on/off configurations of its slots.
 
-A table of a game with S players: `values[row]` is the accuracy in percentage points when the slots that are bits of
+A table of a game with S players: `values[row]` is the score (`metric.Metric`) when the slots that are bits of
 `row` are on (bit j is slot j) and the others are off. Slots that are on keep their present alpha.
 """
 
@@ -20,11 +20,11 @@ MAX_TABLE_SLOTS = 4
 
 @struct.dataclass
 class Attribution:
-    """What one evaluation says about the slots. Percentage points; 0 wherever the flag is False."""
+    """What one evaluation says about the slots. Points of score; 0 wherever the flag is False."""
 
-    contribution: Array  # f32[S] accuracy minus the accuracy with this slot off
+    contribution: Array  # f32[S] score minus the score with this slot off
     contribution_valid: Array  # bool[S]
-    total_improvement: Array  # f32[] accuracy minus the accuracy with all slots off
+    total_improvement: Array  # f32[] score minus the score with all slots off
     total_improvement_valid: Array  # bool[] any slot is live
     interaction_sum: Array  # f32[S] sum of the pair interactions
     boost: Array  # f32[S] largest positive pair interaction
@@ -57,7 +57,7 @@ def _table_rows(n_slots: int) -> np.ndarray:
 def _n_slots(values: Array) -> int:
     n_slots = values.size.bit_length() - 1
     if values.shape != (2**n_slots,) or n_slots < 1:
-        raise ValueError(f"table of shape {values.shape}: must hold the accuracy of all 2^S configurations")
+        raise ValueError(f"table of shape {values.shape}: must hold the score of all 2^S configurations")
     return n_slots
 
 
@@ -88,14 +88,14 @@ def interactions(values: Array) -> Array:
 
 
 def leave_one_out(values: Array) -> Array:
-    """Loss of accuracy when a slot alone is switched off, f32[2^S] -> f32[S]."""
+    """Loss of score when a slot alone is switched off, f32[2^S] -> f32[S]."""
     n_slots = _n_slots(values)
     everything = 2**n_slots - 1
     return values[everything] - values[everything ^ 2 ** np.arange(n_slots)]
 
 
 def committed(values: Array, fossil: Array) -> Array:
-    """Accuracy with everything off that is not fossilised, f32[2^S] and bool[S] -> f32[]."""
+    """Score with everything off that is not fossilised, f32[2^S] and bool[S] -> f32[]."""
     return values[jnp.sum(jnp.where(fossil, 2 ** np.arange(_n_slots(values)), 0))]
 
 
@@ -103,10 +103,10 @@ def attribute(values: Array, on: np.ndarray, live: Array) -> Attribution:
     """Read off a table what each live slot is worth.
 
     A slot that is not live changes nothing when it is switched, so rows that differ in it alone must hold the same
-    accuracy; the row with it off is the one that is read, and it gets exactly 0 everywhere.
+    score; the row with it off is the one that is read, and it gets exactly 0 everywhere.
 
     Args:
-      values: f32[K] accuracy of each configuration.
+      values: f32[K] score of each configuration.
       on: bool[K, S], static: `configurations(S)`, which says how the table is laid out.
       live: bool[S] slots that hold a seed whose alpha is above 0.
 
@@ -117,7 +117,7 @@ def attribute(values: Array, on: np.ndarray, live: Array) -> Attribution:
     expected = configurations(n_slots)
     if values.shape != (len(expected),) or not np.array_equal(on, expected):
         raise ValueError(
-            f"accuracies {values.shape} under configurations {np.shape(on)}: must be those of configurations({n_slots})"
+            f"scores {values.shape} under configurations {np.shape(on)}: must be those of configurations({n_slots})"
         )
     if n_slots <= MAX_TABLE_SLOTS:
         return _from_table(values, live)

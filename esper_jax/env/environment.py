@@ -20,14 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from esper_jax.config import Config
-from esper_jax.data import Dataset
+from esper_jax.data import AnyDataset
 from esper_jax.env import attribution, observation, transition
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardWeights
 from esper_jax.env.state import EnvState, Grown, StepInfo
 from esper_jax.env.transition import Change, Setting
 from esper_jax.lifecycle import stages
-from esper_jax.network import cnn
 from esper_jax.network import model as networks
 from esper_jax.types import Action, Array, Observation, Op, Stage
 
@@ -72,16 +71,17 @@ class Env(NamedTuple):
     n_features: int
 
 
-def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None) -> Env:
+def make_env(cfg: Config, dataset: AnyDataset, weights: RewardWeights | None = None) -> Env:
     """Binds the static configuration; `dataset` and `weights` (by default those of `cfg.reward`) may be traced.
 
     Raises ValueError if the images are too small for the host or the training split smaller than a batch.
     """
-    _, height, width, _ = dataset.train.images.shape
-    cnn.check_image_size(cfg.host, min(height, width))
-    train_size = dataset.train.labels.shape[0]
-    if train_size < cfg.training.batch_size:
-        raise ValueError(f"TrainingConfig.batch_size = {cfg.training.batch_size}: must be at most {train_size} images")
+    networks.check(cfg.host, dataset.example)
+    if dataset.train_size < cfg.training.batch_size:
+        raise ValueError(
+            f"TrainingConfig.batch_size = {cfg.training.batch_size}: must be at most {dataset.train_size}, "
+            "what there is to draw from"
+        )
     if weights is None:
         weights = RewardWeights.from_config(cfg.reward, cfg.ppo.gamma, cfg.lifecycle.min_prune_age)
     setting = Setting(dataset, weights, cfg)
@@ -91,7 +91,8 @@ def make_env(cfg: Config, dataset: Dataset, weights: RewardWeights | None = None
         return transition.newborn(setting, key)
 
     def observe(state: EnvState) -> Observation:
-        inputs = observation.Inputs(state.signals, state.slots, state.last_op, state.last_success, jnp.float32(horizon))
+        scale = jnp.float32(horizon), jnp.float32(setting.metric.span)
+        inputs = observation.Inputs(state.signals, state.slots, state.last_op, state.last_success, *scale)
         legal = transition.legal_actions(setting, state)
         return Observation(observation.encode(inputs, space), legal, state.signals, state.slots)
 

@@ -108,26 +108,33 @@ def seeds_with_gradient(state: SlotState) -> Array:
 
 
 def loss_and_accuracy(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Mean cross-entropy, and how many arg-maxima are right, of `[B, classes]` and i32 `[B]`."""
+    """Mean cross-entropy, and how many arg-maxima are right, of `[B, ..., outputs]` and i32 `[B, ...]`."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
 
 
 def train_batch(
-    model: Model, optimiser: OptimiserState, state: SlotState, x: Array, labels: Array, cfg: TrainingConfig
+    model: Model,
+    optimiser: OptimiserState,
+    state: SlotState,
+    x: Array,
+    labels: Array,
+    cfg: TrainingConfig,
+    key: Array | None = None,
 ) -> tuple[Model, OptimiserState, Gradients, dict[str, Array]]:
     """One SGD step of host and seeds from one backward pass of their common loss.
 
-    Args: x `[B, H, W, C]` normalised images, labels i32 `[B]`.
+    Args: x `[B, H, W, C]` normalised images and labels i32 `[B]`, or tokens and the next ones, i32 `[B, L]`; `key` of
+      the host's dropout.
     Returns: model, momentum, the unclipped gradients, and `loss`, `correct`, `norm` (of all gradients together).
     """
-    chex.assert_rank([x, labels], [4, 1])
+    chex.assert_equal_shape_prefix([x, labels], labels.ndim)
 
     def objective(trained):
         host, seeds = trained
         with_params = Model(model.host.replace(params=host), seeds)
-        dtype = jnp.dtype(cfg.compute_dtype)
-        logits, new = networks.forward(with_params, state, x.astype(dtype), train=True, tile_pixels=cfg.tile_pixels)
+        how = {"tile_pixels": cfg.tile_pixels, "dtype": cfg.compute_dtype, "key": key}
+        logits, new = networks.forward(with_params, state, x, train=True, **how)
         loss, correct = loss_and_accuracy(logits, labels)
         return loss, (new.host.stats, correct)
 
@@ -161,21 +168,22 @@ def train_epoch(
     optimiser: OptimiserState,
     state: SlotState,
     batches: Any,
-    fetch: Callable[[Any], tuple[Array, Array]],
+    fetch: Callable[[Any], tuple[Array, ...]],
     cfg: TrainingConfig,
 ) -> tuple[Model, OptimiserState, EpochMetrics]:
     """A scan of `train_batch`.
 
-    `batches` is a pytree with a leading batch-number axis; `fetch` turns one entry into images and labels (for arrays
-    of images and labels, the identity). Gradients are sampled at batches 0, k, 2k, ...; the last sample is reported.
+    `batches` is a pytree with a leading batch-number axis; `fetch` turns one entry into inputs and labels, and a key if
+    the host drops out (for arrays of inputs and labels, the identity). Gradients are sampled at batches 0, k, 2k, ...;
+    the last sample is reported.
     """
     zeros = jax.tree.map(jnp.zeros_like, model.seeds)
 
     def step(carry, entry):
         model, optimiser, sample = carry
         k, batch = entry
-        x, labels = fetch(batch)
-        model, optimiser, grads, metrics = train_batch(model, optimiser, state, x, labels, cfg)
+        x, labels, *key = fetch(batch)
+        model, optimiser, grads, metrics = train_batch(model, optimiser, state, x, labels, cfg, *key)
         sampled = k % cfg.telemetry_stride == 0
         new = (metrics["host_norm"], grads.seeds)
         sample = select(sampled, new, sample)
@@ -226,8 +234,8 @@ def record_gradients(state: SlotState, metrics: EpochMetrics, host_params: int) 
 
 def _seed_statistics(grads: SeedVars, blueprint: Array, has_gate: Array) -> tuple[Array, ...]:
     """Norm, number of elements, health, any vanishing, any exploding, of one seed's gradient with its gate's."""
-    kind = seed_bank.kind_of(blueprint, grads.blueprints)
-    ids, tensors = seed_bank.tensor_ids(seed_bank.table(grads.blueprints), grads.width, kind)
+    kind = seed_bank.kind_of(blueprint, grads.kinds)
+    ids, tensors = seed_bank.tensor_ids(grads.kinds, grads.width, kind)
     member = ids[:, None] == jnp.arange(tensors, dtype=jnp.int32)[None]
     squares = jnp.where(member, jnp.square(grads.params)[:, None], 0).sum(0)
     present = member.any(0)

@@ -40,6 +40,7 @@ class Inputs:
     last_op: Array  # i32[] op asked for at the last decision; WAIT at first
     last_success: Array  # bool[] it was carried out; True at first
     epochs: Array  # f32[] length of the episode, T
+    best_score: Array  # f32[] of a perfect host
 
 
 class Feature(NamedTuple):
@@ -60,6 +61,11 @@ def symlog(x: Array) -> Array:
 def _loss(x: Array) -> Array:
     """Losses and norms on a scale where 1 stands for about 1,100."""
     return jnp.clip(symlog(x) / 7, -1, 1)
+
+
+def _of_best(i: Inputs, score: Array) -> Array:
+    """A score as a fraction of the best; one below the worst counts as that."""
+    return jnp.clip(score / i.best_score, 0, 1)
 
 
 def _share(where: Array) -> Array:
@@ -95,14 +101,14 @@ _HELD = (Stage.HOLDING, Stage.FOSSILIZED)
 GLOBAL_FEATURES = (
     Feature("epoch", 1, 0, 1, lambda i: i.signals.epoch.astype(jnp.float32) / i.epochs),
     Feature("val_loss", 1, -1, 1, lambda i: _loss(i.signals.val_loss)),
-    Feature("val_accuracy", 1, 0, 1, lambda i: i.signals.val_accuracy / 100),
-    Feature("train_accuracy", 1, 0, 1, lambda i: i.signals.train_accuracy / 100),
+    Feature("val_score", 1, 0, 1, lambda i: _of_best(i, i.signals.val_score)),
+    Feature("train_score", 1, 0, 1, lambda i: _of_best(i, i.signals.train_score)),
     Feature(
         "loss_history", HISTORY, -1, 1, lambda i: _measured(i.signals.history_valid, _loss(i.signals.loss_history))
     ),
     Feature(
-        "accuracy_history", HISTORY, 0, 1,
-        lambda i: _measured(i.signals.history_valid, i.signals.accuracy_history / 100),
+        "score_history", HISTORY, 0, 1,
+        lambda i: _measured(i.signals.history_valid, _of_best(i, i.signals.score_history)),
     ),
     Feature("history_valid", HISTORY, 0, 1, lambda i: i.signals.history_valid),
     Feature("plateau", 1, 0, 1, lambda i: jnp.minimum(i.signals.plateau_epochs.astype(jnp.float32) / PLATEAU_SCALE, 1)),

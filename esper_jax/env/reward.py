@@ -2,7 +2,8 @@
 
 The formulas are those of the later reference system with its faults mended: the reward describes the transition that
 was *realised* (a refused op earns what WAIT earns, less its cost), and shaping is potential-based over the whole
-environment. Accuracies, contributions and improvements are percentage points (0-100).
+environment. Scores, contributions and improvements are points of
+the metric: of accuracy, percentage points (0-100).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PRUNE_NOTHING, PRUNE_FOSSIL = -0.2, -1.0
 GERMINATE_OCCUPIED = -0.3
 ADVANCE_FROM_TRAINING = -0.1
 SIMPLIFIED_ACTION_COST = 0.01
-SIMPLIFIED_ACCURACY_WEIGHT = 3.0  # per accuracy as a fraction
+SIMPLIFIED_SCORE_WEIGHT = 3.0  # per score as a fraction
 SIMPLIFIED_FOSSIL_WEIGHT = 2.0  # per contributing fossil
 EPOCH_BONUS, MAX_EPOCH_BONUS = 0.3, 2.0
 
@@ -78,7 +79,7 @@ class RewardWeights:
     fossilize_cost: Array
     prune_cost: Array
     set_alpha_target_cost: Array
-    terminal_accuracy_weight: Array
+    terminal_score_weight: Array
     fossilize_terminal_scale: Array
     synergy_weight: Array
     param_budget: Array
@@ -107,7 +108,7 @@ class RewardInputs:
     Values without `_valid` are always there; a value whose flag is False may hold anything. "Before" is the state that
     the action was chosen in, "after" the state that the transition ends in (executed, ticked, trained, measured).
 
-    `contribution` and `total_improvement` come from this transition's table of accuracies where it still measures them
+    `contribution` and `total_improvement` come from this transition's table of scores where it still measures them
     (the slot is live after the transition; any slot is live after it), else they are the last measured ones: a seed
     that was just pruned is judged by what it last contributed.
     """
@@ -121,19 +122,20 @@ class RewardInputs:
     epochs_in_stage: Array  # i32[]
     seed_age: Array  # i32[] epochs measured since germination
     # The seed that was there before the action, as measured most recently.
-    contribution: Array  # f32[] accuracy minus the accuracy with this slot off
+    contribution: Array  # f32[] score minus the score with this slot off
     contribution_valid: Array  # bool[]
-    germination_accuracy: Array  # f32[] accuracy when the seed was germinated
-    germination_accuracy_valid: Array  # bool[]
-    stage_improvement: Array  # f32[] accuracy minus the accuracy when the present stage was entered
+    germination_score: Array  # f32[] score when the seed was germinated
+    germination_score_valid: Array  # bool[]
+    stage_improvement: Array  # f32[] score minus the score when the present stage was entered
     stage_improvement_valid: Array  # bool[]
     interaction_sum: Array  # f32[] sum of its pair interactions
     interaction_valid: Array  # bool[]
     # The environment after the transition.
-    total_improvement: Array  # f32[] accuracy minus the accuracy with all seeds off
+    total_improvement: Array  # f32[] score minus the score with all seeds off
     total_improvement_valid: Array  # bool[]
-    val_accuracy: Array  # f32[]
-    committed_accuracy: Array  # f32[] accuracy with everything off that is not fossilised; read by `sparse` at the end
+    val_score: Array  # f32[]
+    committed_score: Array  # f32[] score with everything off that is not fossilised; read by `sparse` at the end
+    best_score: Array  # f32[] of a perfect host
     contributing_fossils: Array  # i32[] so far in this episode, this transition's included (`is_contributing`)
     terminal: Array  # bool[] the episode ends with this transition
     host_params: Array  # f32[] parameters of the host
@@ -173,8 +175,8 @@ class RewardInputs:
 
 
 SEED_FIELDS = (
-    "has_seed", "stage", "epochs_in_stage", "seed_age", "contribution", "contribution_valid", "germination_accuracy",
-    "germination_accuracy_valid", "stage_improvement", "stage_improvement_valid", "interaction_sum",
+    "has_seed", "stage", "epochs_in_stage", "seed_age", "contribution", "contribution_valid", "germination_score",
+    "germination_score_valid", "stage_improvement", "stage_improvement_valid", "interaction_sum",
     "interaction_valid",
 )  # fmt: skip
 
@@ -293,9 +295,9 @@ def measured_attribution(inputs: RewardInputs, weights: RewardWeights, discount:
     it is less than the progress, otherwise `progress_bound`, each times the discount.
     """
     contribution = inputs.known_contribution
-    progress = jnp.where(inputs.germination_accuracy_valid, inputs.val_accuracy - inputs.germination_accuracy, 0.0)
+    progress = jnp.where(inputs.germination_score_valid, inputs.val_score - inputs.germination_score, 0.0)
     bounded = jnp.where(contribution < progress, contribution, progress_bound(progress, contribution, formula))
-    value = jnp.where(inputs.germination_accuracy_valid, bounded, contribution / 2)
+    value = jnp.where(inputs.germination_score_valid, bounded, contribution / 2)
     return weights.contribution_weight * jnp.where(contribution < 0, contribution, discount * value)
 
 
@@ -469,15 +471,15 @@ def action_shaping(inputs: RewardInputs, weights: RewardWeights) -> Array:
 # The end of an episode.
 
 
-def terminal_accuracy(inputs: RewardInputs, weights: RewardWeights) -> Array:
-    """f32[] `weight * accuracy` on the terminal transition, else 0."""
-    return jnp.where(inputs.terminal, weights.terminal_accuracy_weight * inputs.val_accuracy, 0.0)
+def terminal_score(inputs: RewardInputs, weights: RewardWeights) -> Array:
+    """f32[] `weight * score` on the terminal transition, else 0."""
+    return jnp.where(inputs.terminal, weights.terminal_score_weight * inputs.val_score, 0.0)
 
 
-def sparse_terminal(accuracy: Array, params: Array, weights: RewardWeights) -> Array:
-    """f32[] in [-1, 1]: accuracy as a fraction less the price of the parameters that were kept."""
+def sparse_terminal(score: Array, best: Array, params: Array, weights: RewardWeights) -> Array:
+    """f32[] in [-1, 1]: score as a fraction of the best one, less the price of the parameters that were kept."""
     cost = weights.param_penalty_weight * params / weights.param_budget
-    return jnp.clip(accuracy / 100.0 - cost, -1.0, 1.0)
+    return jnp.clip(score / best - cost, -1.0, 1.0)
 
 
 # Modes.
@@ -520,13 +522,13 @@ def _shaped(inputs: RewardInputs, weights: RewardWeights, formula: str) -> Rewar
         fossilized_rent=fossilized_rent(jnp.sum(fossils), weights),
         action_cost=action_cost(inputs.requested_op, weights),
         action_shaping=action_shaping(target, weights),
-        terminal=terminal_accuracy(inputs, weights),
+        terminal=terminal_score(inputs, weights),
     )
 
 
 def _simplified(inputs: RewardInputs, weights: RewardWeights) -> RewardComponents:
-    accuracy = SIMPLIFIED_ACCURACY_WEIGHT * inputs.val_accuracy / 100.0
-    end = accuracy + SIMPLIFIED_FOSSIL_WEIGHT * _float(inputs.contributing_fossils)
+    score = SIMPLIFIED_SCORE_WEIGHT * inputs.val_score / inputs.best_score
+    end = score + SIMPLIFIED_FOSSIL_WEIGHT * _float(inputs.contributing_fossils)
     return RewardComponents.zeros().replace(
         shaping=_environment_shaping(inputs, weights),
         action_cost=jnp.where(inputs.requested_op == Op.WAIT, 0.0, -SIMPLIFIED_ACTION_COST),
@@ -536,7 +538,7 @@ def _simplified(inputs: RewardInputs, weights: RewardWeights) -> RewardComponent
 
 def _sparse(inputs: RewardInputs, weights: RewardWeights) -> RewardComponents:
     kept = jnp.sum(jnp.where(inputs.slot_stage == Stage.FOSSILIZED, inputs.slot_params, 0.0))
-    end = sparse_terminal(inputs.committed_accuracy, kept, weights)
+    end = sparse_terminal(inputs.committed_score, inputs.best_score, kept, weights)
     return RewardComponents.zeros().replace(terminal=jnp.where(inputs.terminal, end, 0.0))
 
 
@@ -601,8 +603,8 @@ def reward(inputs: RewardInputs, weights: RewardWeights, mode: str, attribution:
     Args:
       inputs: of one environment.
       weights: traced.
-      mode: static; `shaped` pays every term, `simplified` shaping, a flat cost per action and the final accuracy,
-        `sparse` only the final accuracy of what was committed to, less its size; `paired` pays nothing here, since it
+      mode: static; `shaped` pays every term, `simplified` shaping, a flat cost per action and the final score,
+        `sparse` only the final score of what was committed to, less its size; `paired` pays nothing here, since it
         needs the course of an episode and not only one transition (see the function of that name).
       attribution: static; `harmonic` or `minimum`, see `progress_bound`.
 

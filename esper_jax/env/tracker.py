@@ -19,7 +19,7 @@ class TrackerState:
     """Windows and counters; W is `cfg.history_window`. Only accepted epochs (`update`) are in here."""
 
     loss_window: Array  # f32[W] oldest first, right-aligned; entries before the last `count` are 0 and mean nothing
-    accuracy_window: Array  # f32[W]
+    score_window: Array  # f32[W]
     count: Array  # i32[] entries held
     plateau_epochs: Array  # i32[] epochs in a row without a gain over the previous one
     stable_epochs: Array  # i32[] epochs in a row with little relative change of the loss
@@ -33,17 +33,17 @@ def init(cfg: TrackerConfig) -> TrackerState:
     latest = Signals(
         epoch=none,
         train_loss=zero,
-        train_accuracy=zero,
+        train_score=zero,
         val_loss=zero,
-        val_accuracy=zero,
+        val_score=zero,
         loss_delta=jnp.float32(jnp.inf),
-        accuracy_delta=zero,
+        score_delta=zero,
         plateau_epochs=none,
         host_stabilized=stabilized,
-        best_val_accuracy=zero,
+        best_val_score=zero,
         best_val_loss=zero,
         loss_history=jnp.zeros(HISTORY, jnp.float32),
-        accuracy_history=jnp.zeros(HISTORY, jnp.float32),
+        score_history=jnp.zeros(HISTORY, jnp.float32),
         history_valid=jnp.zeros(HISTORY, bool),
         available_slots=none,
     )
@@ -57,21 +57,21 @@ def update(
     cfg: TrackerConfig,
     epoch: Array,
     train_loss: Array,
-    train_accuracy: Array,
+    train_score: Array,
     val_loss: Array,
-    val_accuracy: Array,
+    val_score: Array,
     available_slots: Array,
 ) -> tuple[TrackerState, Signals]:
-    """Takes in one epoch (all f32[] but `epoch` and `available_slots`, i32[]; accuracies in percentage points).
+    """Takes in one epoch (all f32[] but `epoch` and `available_slots`, i32[]; scores as of `metric.Metric`).
 
     With a non-finite validation the tracker stays as it is, and the signals repeat the last accepted values under the
     given `epoch` and `available_slots`. A non-finite training value alone is replaced by the last accepted one.
     """
-    accepted = jnp.isfinite(val_loss) & jnp.isfinite(val_accuracy)
-    loss, accuracy = _or_latest(state, val_loss, val_accuracy)
-    loss_delta, accuracy_delta = _deltas(state, loss, accuracy)
+    accepted = jnp.isfinite(val_loss) & jnp.isfinite(val_score)
+    loss, score = _or_latest(state, val_loss, val_score)
+    loss_delta, score_delta = _deltas(state, loss, score)
 
-    plateau = jnp.where(accuracy_delta < cfg.plateau_threshold, state.plateau_epochs + 1, 0)
+    plateau = jnp.where(score_delta < cfg.plateau_threshold, state.plateau_epochs + 1, 0)
     comparable = (state.count > 0) & (state.latest.val_loss > MIN_LOSS) & ~state.stabilized
     change = loss_delta / jnp.where(comparable, state.latest.val_loss, 1)
     stable = (-cfg.regression_threshold < change) & (change < cfg.stabilization_threshold)
@@ -80,14 +80,14 @@ def update(
 
     after = state.replace(
         loss_window=jnp.append(state.loss_window[1:], loss),
-        accuracy_window=jnp.append(state.accuracy_window[1:], accuracy),
+        score_window=jnp.append(state.score_window[1:], score),
         count=jnp.minimum(state.count + 1, cfg.history_window),
         plateau_epochs=plateau,
         stable_epochs=stable_epochs,
         stabilized=stabilized,
     )
     signals = _signals(
-        state, after, _window_minimum(after), loss, accuracy, epoch, train_loss, train_accuracy, available_slots
+        state, after, _window_minimum(after), loss, score, epoch, train_loss, train_score, available_slots
     )
     after = after.replace(latest=signals)
     after = select(accepted, after, state)
@@ -99,9 +99,9 @@ def peek(
     *,
     epoch: Array,
     train_loss: Array,
-    train_accuracy: Array,
+    train_score: Array,
     val_loss: Array,
-    val_accuracy: Array,
+    val_score: Array,
     available_slots: Array,
 ) -> Signals:
     """Signals for values that the tracker does not take in: counters and histories are the stored ones.
@@ -109,9 +109,9 @@ def peek(
     Right after an `update` with the same values both deltas are 0. A non-finite value is replaced by the last accepted
     one.
     """
-    loss, accuracy = _or_latest(state, val_loss, val_accuracy)
+    loss, score = _or_latest(state, val_loss, val_score)
     best_loss = jnp.where(state.count > 0, jnp.minimum(_window_minimum(state), loss), loss)
-    return _signals(state, state, best_loss, loss, accuracy, epoch, train_loss, train_accuracy, available_slots)
+    return _signals(state, state, best_loss, loss, score, epoch, train_loss, train_score, available_slots)
 
 
 def _signals(
@@ -119,25 +119,25 @@ def _signals(
     after: TrackerState,
     best_loss: Array,
     loss: Array,
-    accuracy: Array,
+    score: Array,
     epoch: Array,
     train_loss: Array,
-    train_accuracy: Array,
+    train_score: Array,
     available_slots: Array,
 ) -> Signals:
     """Signals of an epoch: changes since the last accepted one of `before`, counters and histories of `after`."""
-    loss_delta, accuracy_delta = _deltas(before, loss, accuracy)
+    loss_delta, score_delta = _deltas(before, loss, score)
     return Signals(
         epoch=jnp.asarray(epoch, jnp.int32),
         train_loss=_finite_or(train_loss, before.latest.train_loss),
-        train_accuracy=_finite_or(train_accuracy, before.latest.train_accuracy),
+        train_score=_finite_or(train_score, before.latest.train_score),
         val_loss=loss,
-        val_accuracy=accuracy,
+        val_score=score,
         loss_delta=loss_delta,
-        accuracy_delta=accuracy_delta,
+        score_delta=score_delta,
         plateau_epochs=after.plateau_epochs,
         host_stabilized=after.stabilized,
-        best_val_accuracy=jnp.maximum(before.latest.best_val_accuracy, accuracy),
+        best_val_score=jnp.maximum(before.latest.best_val_score, score),
         best_val_loss=best_loss,
         available_slots=jnp.asarray(available_slots, jnp.int32),
         **_histories(after),
@@ -151,7 +151,7 @@ class SeedSummary:
     stage: Array  # i32[] Stage
     epochs_in_stage: Array  # i32[]
     alpha: Array  # f32[]
-    improvement: Array  # f32[] percentage points gained since the stage was entered
+    improvement: Array  # f32[] points gained since the stage was entered
 
 
 def summary_seed(slots: SlotState) -> SeedSummary:
@@ -180,14 +180,14 @@ def _finite_or(value: Array, otherwise: Array) -> Array:
     return jnp.where(jnp.isfinite(value), value, otherwise)
 
 
-def _or_latest(state: TrackerState, loss: Array, accuracy: Array) -> tuple[Array, Array]:
-    return _finite_or(loss, state.latest.val_loss), _finite_or(accuracy, state.latest.val_accuracy)
+def _or_latest(state: TrackerState, loss: Array, score: Array) -> tuple[Array, Array]:
+    return _finite_or(loss, state.latest.val_loss), _finite_or(score, state.latest.val_score)
 
 
-def _deltas(state: TrackerState, loss: Array, accuracy: Array) -> tuple[Array, Array]:
-    """Gains over the last accepted epoch; before there is one, infinite in loss and the accuracy itself."""
+def _deltas(state: TrackerState, loss: Array, score: Array) -> tuple[Array, Array]:
+    """Gains over the last accepted epoch; before there is one, infinite in loss and the score itself."""
     loss_delta = jnp.where(state.count > 0, state.latest.val_loss - loss, jnp.inf)
-    return loss_delta, accuracy - state.latest.val_accuracy
+    return loss_delta, score - state.latest.val_score
 
 
 def _window_minimum(state: TrackerState) -> Array:
@@ -198,6 +198,6 @@ def _window_minimum(state: TrackerState) -> Array:
 def _histories(state: TrackerState) -> dict[str, Array]:
     return dict(
         loss_history=state.loss_window[-HISTORY:],
-        accuracy_history=state.accuracy_window[-HISTORY:],
+        score_history=state.score_window[-HISTORY:],
         history_valid=jnp.arange(HISTORY, dtype=jnp.int32) >= HISTORY - state.count,
     )

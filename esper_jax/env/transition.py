@@ -7,7 +7,7 @@ environments. Axis letters: S slots, K alpha configurations, T epochs of an epis
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from esper_jax.config import Config
-from esper_jax.data import Dataset, Split, epoch_batches, normalise, train_batch
+from esper_jax.data import AnyDataset
 from esper_jax.env import attribution, evaluation, governor, host_training, reward, tracker
 from esper_jax.env.attribution import Attribution
 from esper_jax.env.evaluation import Evaluation
@@ -26,19 +26,23 @@ from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.env.state import EnvState, StepInfo
 from esper_jax.lifecycle import masks, operations, stages
 from esper_jax.lifecycle.operations import Outcome
-from esper_jax.network import blend, cnn, seed_bank
+from esper_jax.metric import Metric
+from esper_jax.network import blend, seed_bank
 from esper_jax.network import model as networks
 from esper_jax.network.blueprints import Blueprint
+from esper_jax.network.host import param_count
 from esper_jax.network.model import Model
 from esper_jax.trees import select, strip_weak_type
 from esper_jax.types import Action, Array, Masks, Op, SlotState, Stage
+
+DROPOUT = 1  # what the key of a batch is folded with for the host's dropout
 
 
 @struct.dataclass
 class Setting:
     """What an environment is bound to; data and weights may be traced."""
 
-    dataset: Dataset
+    dataset: AnyDataset
     weights: RewardWeights
     cfg: Config = struct.field(pytree_node=False)
 
@@ -49,7 +53,7 @@ class Setting:
     @property
     def kinds(self) -> tuple[Blueprint, ...]:
         """What the numbers of the seeds' kinds stand for."""
-        return seed_bank.table(self.cfg.lifecycle.blueprints)
+        return networks.kinds(self.cfg.host, self.cfg.lifecycle.blueprints)
 
     @property
     def configurations(self) -> np.ndarray:
@@ -57,9 +61,14 @@ class Setting:
         return attribution.configurations(self.n_slots)
 
     @property
+    def metric(self) -> Metric:
+        """Of validation."""
+        return self.dataset.metric(self.dataset.validation)
+
+    @property
     def random_guess_loss(self) -> float:
-        """Nats of a uniform guess: ln(number of classes)."""
-        return math.log(len(self.dataset.classes))
+        """Nats of a uniform guess: ln(number of classes, or of tokens)."""
+        return math.log(self.dataset.outputs)
 
     @property
     def fine(self) -> RewardComponents:
@@ -79,16 +88,24 @@ class Change(NamedTuple):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(setting: Setting, model: Model, slots: SlotState, split: Split) -> Evaluation:
+def measure(setting: Setting, model: Model, slots: SlotState, split: Any) -> Evaluation:
     """One pass over a split under all on/off configurations."""
     training = setting.cfg.training
-    prepare = lambda images: normalise(setting.dataset, images).astype(training.compute_dtype)
-    return evaluation.evaluate(model, slots, split.images, split.labels, prepare, tile_pixels=training.tile_pixels)
+    return evaluation.evaluate(
+        model,
+        slots,
+        split.inputs,
+        split.labels,
+        setting.dataset.prepare,
+        metric=setting.dataset.metric(split),
+        tile_pixels=training.tile_pixels,
+        dtype=training.compute_dtype,
+    )
 
 
 def seed_params(setting: Setting, slots: SlotState) -> Array:
     """i32[S]: parameters of the seed in each slot, with its gate."""
-    number = seed_bank.kind_of(slots.blueprint, setting.cfg.lifecycle.blueprints)
+    number = seed_bank.kind_of(slots.blueprint, setting.kinds)
     sizes = [
         jnp.asarray(seed_bank.param_counts(setting.kinds, w))[number[s]]
         + blend.gate_size(w) * slots.has_gate[s].astype(jnp.int32)
@@ -99,7 +116,7 @@ def seed_params(setting: Setting, slots: SlotState) -> Array:
 
 def relative_sizes(setting: Setting, state: EnvState) -> tuple[Array, Array]:
     """f32[] twice: parameters with the seeds that are blended in, and with the fossils, relative to the host's."""
-    added, host = seed_params(setting, state.slots), cnn.param_count(state.model.host)
+    added, host = seed_params(setting, state.slots), param_count(state.model.host)
     live = networks.live_slots(state.model, state.slots)
     fossil = state.slots.stage == Stage.FOSSILIZED
     relative = lambda there: 1.0 + jnp.where(there, added, 0).sum(dtype=jnp.int32).astype(jnp.float32) / host
@@ -112,28 +129,33 @@ def relative_sizes(setting: Setting, state: EnvState) -> tuple[Array, Array]:
 def newborn(setting: Setting, key: Array) -> EnvState:
     """A new host with empty slots, before its first epoch."""
     cfg, dataset, n_slots = setting.cfg, setting.dataset, setting.n_slots
-    classes, channels = len(dataset.classes), dataset.train.images.shape[-1]
-    model = networks.init(key, cfg.host, blueprints=cfg.lifecycle.blueprints, channels=channels, classes=classes)
+    classes = len(dataset.classes)
+    model = networks.init(
+        key, cfg.host, blueprints=cfg.lifecycle.blueprints, example=dataset.example, outputs=dataset.outputs
+    )
     slots = stages.empty(n_slots)
-    guess, guess_loss = 100.0 / classes, setting.random_guess_loss
+    guess, guess_loss = 100.0 / dataset.outputs, setting.random_guess_loss
+    guess_score = setting.metric.score(guess, guess_loss)
     tracker_state = tracker.init(cfg.tracker)
     _, signals = tracker.update(
         tracker_state,
         cfg=cfg.tracker,
         epoch=0,
         train_loss=guess_loss,
-        train_accuracy=guess,
+        train_score=guess_score,
         val_loss=guess_loss,
-        val_accuracy=guess,
+        val_score=guess_score,
         available_slots=n_slots,
     )
     signals = signals.replace(history_valid=jnp.zeros_like(signals.history_valid))
     unmeasured = Evaluation(
         loss=jnp.float32(guess_loss),
         accuracy=jnp.float32(guess),
-        table=jnp.full(len(setting.configurations), guess, jnp.float32),
-        committed=jnp.float32(guess),
+        score=jnp.float32(guess_score),
+        table=jnp.full(len(setting.configurations), guess_score, jnp.float32),
         committed_loss=jnp.float32(guess_loss),
+        committed_accuracy=jnp.float32(guess),
+        committed_score=jnp.float32(guess_score),
         per_class=jnp.full(classes, guess, jnp.float32),
         per_class_valid=jnp.zeros(classes, bool),
     )
@@ -175,11 +197,11 @@ def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[
     permitted = masks.permits(legal_actions(setting, state), action)
     request = operations.decode(action)
     request = request.replace(op=jnp.where(permitted, action.op, Op.WAIT))
-    after, outcome = operations.execute(state.slots, request, state.evaluation.accuracy, cfg.lifecycle)
+    after, outcome = operations.execute(state.slots, request, state.evaluation.score, cfg.lifecycle)
     outcome = outcome.replace(legal=outcome.legal & permitted, success=outcome.success & permitted)
 
     seeds = []
-    number = seed_bank.kind_of(request.blueprint, cfg.lifecycle.blueprints)
+    number = seed_bank.kind_of(request.blueprint, setting.kinds)
     for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True)):
         seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
         fresh = seed_bank.germinate(seed_key, setting.kinds, w, number)
@@ -205,14 +227,13 @@ def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, Epoc
     """One epoch. A rollback changes the data order of what follows, or the same batches would break it again."""
     dataset, cfg = setting.dataset, setting.cfg.training
     order_key, augment_key = jax.random.split(jax.random.fold_in(key, state.rollbacks))
-    train_size = dataset.train.labels.shape[0]
-    indices = epoch_batches(order_key, train_size, cfg.batches_per_epoch, cfg.batch_size)
+    indices = dataset.order(order_key, cfg.batches_per_epoch, cfg.batch_size)
     keys = jax.random.split(augment_key, cfg.batches_per_epoch)
-    fetch = lambda batch: train_batch(batch[0], dataset, batch[1])
+    fetch = lambda batch: (*dataset.batch(*batch), jax.random.fold_in(batch[0], DROPOUT))
     model, optimiser, metrics = host_training.train_epoch(
         state.model, state.optimiser, state.slots, (keys, indices), fetch, cfg
     )
-    host_params = cnn.param_count(model.host)
+    host_params = param_count(model.host)
     state = state.replace(model=model, optimiser=optimiser, epoch=state.epoch + 1)
     return state.replace(slots=host_training.record_gradients(state.slots, metrics, host_params)), metrics
 
@@ -272,15 +293,15 @@ def record(
             interaction_valid=jnp.where(accepted, found.interaction_valid, m.interaction_valid),
         )
     )
-    seen = stages.record_accuracy(seen, last.accuracy)
+    seen = stages.record_score(seen, last.score)
     tracker_state, signals = tracker.update(
         state.tracker,
         cfg=setting.cfg.tracker,
         epoch=state.epoch,
         train_loss=metrics.loss,
-        train_accuracy=metrics.accuracy,
+        train_score=setting.metric.score(metrics.accuracy, metrics.loss),
         val_loss=jnp.where(accepted, measured.loss, jnp.nan),  # the tracker skips what is not finite
-        val_accuracy=measured.accuracy,
+        val_score=measured.score,
         available_slots=(seen.stage == Stage.DORMANT).sum(dtype=jnp.int32),
     )
     known = accepted & found.total_improvement_valid
@@ -304,7 +325,7 @@ def transition_reward(
     action, outcome, found, verdict = change
     old = before.slots
     has_seed = stages.is_active(old.stage)
-    accuracy = after.evaluation.accuracy
+    score = after.evaluation.score
     measured_now = found.contribution_valid & verdict.accepted
     contributing = reward.is_contributing(outcome.op, after.improvement, after.improvement_valid)
     inputs = reward.RewardInputs(
@@ -317,19 +338,20 @@ def transition_reward(
         seed_age=old.epochs_total,
         contribution=jnp.where(measured_now, found.contribution, old.metrics.contribution),
         contribution_valid=measured_now | old.metrics.contribution_valid,
-        germination_accuracy=old.metrics.germination_accuracy,
-        germination_accuracy_valid=has_seed,
-        stage_improvement=accuracy - old.metrics.stage_start_accuracy,
+        germination_score=old.metrics.germination_score,
+        germination_score_valid=has_seed,
+        stage_improvement=score - old.metrics.stage_start_score,
         stage_improvement_valid=has_seed & (old.epochs_total > 0),
         interaction_sum=found.interaction_sum,
         interaction_valid=found.interaction_valid & verdict.accepted,
         total_improvement=after.improvement,
         total_improvement_valid=after.improvement_valid & has_seed.any(),
-        val_accuracy=accuracy,
-        committed_accuracy=after.evaluation.committed,
+        val_score=score,
+        committed_score=after.evaluation.committed_score,
+        best_score=jnp.float32(setting.metric.span),
         contributing_fossils=before.contributing_fossils + contributing.astype(jnp.int32),
         terminal=after.epoch >= setting.cfg.training.epochs,
-        host_params=jnp.float32(cnn.param_count(before.model.host)),
+        host_params=jnp.float32(param_count(before.model.host)),
         slot_stage=after.slots.stage,
         slot_epochs_in_stage=after.slots.epochs_in_stage,
         slot_alpha=after.slots.alpha.alpha,
@@ -392,7 +414,7 @@ def describe(
         panic=verdict.panic,
         panic_reason=verdict.reason,
         table=measured.table,
-        committed_accuracy=measured.committed,
+        committed_accuracy=measured.committed_accuracy,
         committed_loss=measured.committed_loss,
         per_class=measured.per_class,
         stage=state.slots.stage,
@@ -407,7 +429,7 @@ def describe(
         gradient_ratio=state.slots.metrics.gradient_ratio,
         gradient_health=state.slots.metrics.gradient_health,
         gradient_valid=state.slots.metrics.gradient_valid,
-        params=cnn.param_count(state.model.host) + seed_params(setting, state.slots).sum(dtype=jnp.int32),
+        params=param_count(state.model.host) + seed_params(setting, state.slots).sum(dtype=jnp.int32),
         blended_size=blended,
         committed_size=committed,
         components=components,

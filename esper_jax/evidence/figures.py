@@ -16,7 +16,7 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED, POLICY, Stage
 from esper_jax.evidence.statistics import mean_interval
-from esper_jax.evidence.tables import by_arm
+from esper_jax.evidence.tables import metric_of, values
 
 # A backend that matplotlib does not know, such as the one that notebooks name, keeps it from being imported; none is
 # used here.
@@ -74,27 +74,29 @@ def _picture(draw: Callable[..., tuple[Figure, str]]) -> Callable[..., str]:
 
 @_picture
 def curves(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
-    """Validation accuracy by epoch, and its paired difference to the baseline."""
-    accuracy = {arm: samples.mean(0) for arm, samples in by_arm(metrics, "val_accuracy").items()}  # [E, T]
-    names = list(accuracy)
-    envs, epochs = accuracy[BASELINE].shape
+    """Validation by epoch, and its paired difference to the baseline."""
+    metric = metric_of(metrics)
+    found = {arm: samples.mean(0) for arm, samples in values(metrics, "val").items()}  # [E, T]
+    names = list(found)
+    envs, epochs = found[BASELINE].shape
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, base in ((left, 0), (right, accuracy[BASELINE])):
+    for axes, base in ((left, 0), (right, found[BASELINE])):
         ends = {}
         for name in names if axes is left else [name for name in names if name != BASELINE]:
-            middle = _band(axes, np.arange(1, epochs + 1), accuracy[name] - base, _style(names, name))
+            middle = _band(axes, np.arange(1, epochs + 1), found[name] - base, _style(names, name))
             ends[name] = middle[-1]
         _label_ends(axes, epochs, ends, names)
         axes.set_xlabel("epoch of the host's training")
         _plain_axes(axes)
-    left.set_ylabel("validation accuracy (%)")
-    right.set_ylabel(f"paired difference to {BASELINE} (percentage points)")
+    left.set_ylabel(f"validation {metric.name} ({metric.unit})")
+    right.set_ylabel(f"paired difference to {BASELINE} ({metric.points})")
     right.axhline(0, color="black", linewidth=1)
-    figure.suptitle(f"Accuracy on {data}: {envs} environments per arm, same keys in every arm")
+    figure.suptitle(f"{metric.name} on {data}: {envs} environments per arm, same keys in every arm".capitalize())
     return figure, (
-        f"Validation accuracy by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t; a "
-        f"learned arm is the mean of its policies), and the paired difference to the bare host ({BASELINE})."
+        f"Validation {metric.name} by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t; a "
+        f"learned arm is the mean of its policies), and the paired difference to the bare host ({BASELINE}). It is "
+        "that of the whole network, also of seeds that were not kept in the end; the table is about what was kept."
     )
 
 
@@ -136,6 +138,8 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
     stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
     names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
     modules = metrics["arms/blueprints"]
+    metric = metric_of(metrics)
+    kept_values = metric.value(metrics["arms/test_committed_accuracy"], metrics["arms/test_committed_loss"])
     alone = [name for name in names if names.count(name) == 1]
     shown = [a for a, name in enumerate(names) if name != BASELINE]
     n_slots, envs = stage.shape[-1], stage.shape[1]
@@ -161,9 +165,11 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
         if not (stage[a, :, -1] == Stage.FOSSILIZED).any():
             axes.text(0.5, (n_slots - 1) / 2, "nothing kept", ha="center", va="center", color="#777777")
         title = names[a] if names[a] in alone else f"{names[a]} {policies[a]}"
-        gain = metrics["arms/test_committed"][a] - metrics["arms/test_committed"][names.index(BASELINE)]
+        gain = kept_values[a] - kept_values[names.index(BASELINE)]
         size = metrics["arms/committed_size"][a, :, -1].mean()
-        axes.set_title(f"{title}: {gain.mean():+.1f} points, x{size:.2f}", loc="left", fontsize=9)
+        axes.set_title(
+            f"{title}: {gain.mean():+.{metric.digits - 1}f} {metric.points}, x{size:.2f}", loc="left", fontsize=9
+        )
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
@@ -207,14 +213,15 @@ def _blueprint_look(kind: int) -> dict[str, Any]:
 def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> tuple[Figure, str]:
     """The life of the seeds in one environment under each arm that grows.
 
-    A learned arm is shown with its first policy. By default it is the environment whose test accuracy under that policy
+    A learned arm is shown with its first policy. By default it is the environment whose test result under that policy
     is the median one.
     """
     everyone = [str(name) for name in metrics["arms/names"]]
     names = list(dict.fromkeys(everyone))
-    accuracy = metrics["arms/test_committed"]
+    metric = metric_of(metrics)
+    found = metric.value(metrics["arms/test_committed_accuracy"], metrics["arms/test_committed_loss"])
     if env is None:
-        samples = accuracy[everyone.index(POLICY)]
+        samples = found[everyone.index(POLICY)]
         env = int(np.argsort(samples, kind="stable")[(len(samples) - 1) // 2])
     shown = [name for name in names if name != BASELINE]
     n_slots = metrics["arms/stage"].shape[-1]
@@ -225,7 +232,11 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
         a = everyone.index(name)
         lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
         _swimlanes(axes, metrics["arms/blueprints"], *lanes)
-        axes.set_title(f"{name}: test accuracy of what was kept {accuracy[a, env]:.1f} %", loc="left", fontsize=10)
+        axes.set_title(
+            f"{name}: test {metric.name} of what was kept {found[a, env]:.{metric.digits - 1}f}",
+            loc="left",
+            fontsize=10,
+        )
     panels[-1].set_xlabel("epoch of the host's training")
     panels[-1].set_xlim(0.5, epochs + 0.5)
     _whole_numbers(panels[-1].xaxis)

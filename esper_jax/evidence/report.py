@@ -9,27 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from esper_jax.evidence.tables import COLUMNS, NOTES
 
-
-def page(title: str, rows: Sequence[Sequence[str]], claim: str, pictures: dict[Path, str], card: dict[str, Any]) -> str:
+def page(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    claim: str,
+    pictures: dict[Path, str],
+    card: dict[str, Any],
+    meant: str | None = None,
+) -> str:
     """The HTML page of a run.
 
     Args:
-      rows: cells under `COLUMNS`.
+      rows: cells under `columns`.
+      meant: data that were meant and are not these, said loudly.
       pictures: PNG files and their captions; they are put into the page.
       card: the run card (run.json).
     """
     esc = html.escape
-    head = "".join(f"<th>{esc(column)}</th>" for column in COLUMNS)
+    head = "".join(f"<th>{esc(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     figures = "".join(
         f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         f"<figcaption>{esc(caption)}</figcaption></figure>\n"
         for path, caption in pictures.items()
     )
-    data = card["data"]
-    warning = "" if data["name"] == "cifar10" else f'<p class="loud">Data: {esc(data["name"])}, not CIFAR-10.</p>\n'
+    warning = f'<p class="loud">Data: {esc(card["data"]["name"])}, not {esc(meant)}.</p>\n' if meant else ""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -49,7 +56,7 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 {warning}<p class="claim">{esc(claim)}</p>
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table>
-<p class="note">{"<br>".join(map(esc, NOTES))}</p>
+<p class="note">{"<br>".join(map(esc, notes))}</p>
 {figures}<h2>Run card</h2>
 <pre>{esc(json.dumps(card, indent=2))}</pre>
 </html>

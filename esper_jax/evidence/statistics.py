@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from esper_jax.metric import Metric
+
 CONFIDENCE = 0.95
 METHOD = "±: 95 % Student t intervals over environments and policies; differences are paired by environment"
 
@@ -75,41 +77,42 @@ def crossed_interval(samples: np.ndarray) -> Interval:
     return Interval(mean.item(), (mean - half).item(), (mean + half).item(), envs)
 
 
-MARGIN = 2.0  # percentage points: an arm that is worse by less at under half of the added parameters is told so
-
-
 def verdict(
-    accuracy: dict[str, np.ndarray],
+    values: dict[str, np.ndarray],
     size: dict[str, np.ndarray],
     *,
     learned: tuple[str, ...],
     baseline: str,
     data: str,
-    metric: str,
+    metric: Metric,
+    meant: str | None = None,
 ) -> str:
     """One sentence on what the intervals allow one to claim, and what not.
 
     Args:
-      accuracy: f[P, E] per arm, the same environments in each, P = 1 for a rule; NaN where not measured.
+      values: f[P, E] per arm, of what was kept on the report-test split, in the metric's unit: the same environments in
+        each arm, P = 1 for a rule; NaN where not measured.
       size: f[P, E] parameters relative to the bare host.
       learned: the arms that are policies.
-      metric: what the numbers are, such as "report-test accuracy".
+      meant: other data, about which nothing may be claimed.
     """
-    arms = [arm for arm in accuracy if arm != baseline]
-    parts = _claims("", {arm: accuracy[arm] - accuracy[baseline] for arm in arms}, f"than {baseline}", baseline)
+    arms = [arm for arm in values if arm != baseline]
+    gains = {arm: values[arm] - values[baseline] for arm in arms}
+    parts = _claims("", gains, f"than {baseline}", baseline, metric)
     rules = [arm for arm in arms if arm not in learned]
     for policy in (arm for arm in arms if arm in learned):
-        gains = {rule: accuracy[policy] - accuracy[rule] for rule in rules}
+        gains = {rule: values[policy] - values[rule] for rule in rules}
         share = {rule: _added(size[policy]) / _added(size[rule]) for rule in rules if _added(size[rule]) > 0}
-        parts += _claims(f"{policy} is ", gains, "than", f"{policy} against", share)
-    policies = max((len(accuracy[arm]) for arm in arms if arm in learned), default=0)
+        parts += _claims(f"{policy} is ", gains, "than", f"{policy} against", metric, share)
+    policies = max((len(values[arm]) for arm in arms if arm in learned), default=0)
     if policies == 1:
         parts.append("one policy was trained, so nothing may be claimed about how training varies")
-    if data != "cifar10":
-        parts.append("nothing may be claimed about CIFAR-10")
-    n = accuracy[baseline].shape[1]
+    if meant:
+        parts.append(f"nothing may be claimed about {meant}")
+    n = values[baseline].shape[1]
     trained = f" and {policies} policies trained from different seeds" if policies > 1 else ""
-    return f"On {data}, by {metric} of {n} environments per arm with the same keys{trained}: {'; '.join(parts)}."
+    what = f"report-test {metric.name} of what was kept"
+    return f"On {data}, by {what} of {n} environments per arm with the same keys{trained}: {'; '.join(parts)}."
 
 
 def _added(size: np.ndarray) -> float:
@@ -117,25 +120,33 @@ def _added(size: np.ndarray) -> float:
 
 
 def _claims(
-    subject: str, differences: dict[str, np.ndarray], than: str, against: str, share: dict[str, float] | None = None
+    subject: str,
+    differences: dict[str, np.ndarray],
+    than: str,
+    against: str,
+    metric: Metric,
+    share: dict[str, float] | None = None,
 ) -> list[str]:
     """What may be said about each difference, sorted into better, worse and unknown.
 
-    With `share`, the subject's added parameters over those of the other: better, or as good by `MARGIN` at under half.
+    With `share`, the subject's added parameters over those of the other: better, or as good by the metric's margin at
+    under half.
     """
     said: dict[str, list[str]] = {"better": [], "worse": []}
     unknown, frugal = [], []
     for name, samples in differences.items():
         gain = crossed_interval(samples)
-        text = f"{name} ({signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}])"
+        mean, low, high = (signed(value, metric.digits) for value in gain[:3])
+        text = f"{name} ({mean} [{low}, {high}])"
+        least = gain.low if metric.higher_is_better else -gain.high
         if gain.excludes_zero:
-            said["better" if gain.low > 0 else "worse"].append(text)
-        elif not (share and gain.low > -MARGIN and share.get(name, np.inf) < 0.5):
+            said["better" if least > 0 else "worse"].append(text)
+        elif not (share and least > -metric.margin and share.get(name, np.inf) < 0.5):
             unknown.append(name)
-        if share and -MARGIN < gain.low <= 0 and share.get(name, np.inf) < 0.5:
+        if share and -metric.margin < least <= 0 and share.get(name, np.inf) < 0.5:
             frugal.append(f"{text} with {share[name]:.2f} times the parameters that it adds")
     if frugal:
-        said[f"not worse by more than {MARGIN:g} points"] = frugal
+        said[f"not worse by more than {metric.margin:g} {metric.points}"] = frugal
     if subject:
         parts = [f"{subject}{side} {than} {', '.join(names)}" for side, names in said.items() if names]
         return parts + ([f"nothing may be claimed about {against} {', '.join(unknown)}"] if unknown else [])

@@ -8,15 +8,27 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.evidence.statistics import METHOD, crossed_interval, signed, verdict
+from esper_jax.metric import Metric
 
-# 80 columns have to be enough for a table.
-COLUMNS = ("arm", "test %", f"minus {BASELINE}", "final %", f"loss - {BASELINE}", "params", "kept")
-NOTES = (
-    f"{METHOD}.",
-    "* the interval of the difference excludes 0; not corrected for the number of comparisons.",
-    "test %, differences, params (relative to the bare host): of what was kept (fossilised). final %: of the network",
-    f"as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is better. kept: seeds per environment.",
-)
+
+def columns(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Heads of a run's table; 80 characters have to be enough for it."""
+    unit = metric_of(metrics).unit
+    return ("arm", f"test {unit}", f"minus {BASELINE}", f"final {unit}", f"loss - {BASELINE}", "params", "kept")
+
+
+def notes(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """What has to be known to read the table."""
+    metric = metric_of(metrics)
+    unit = metric.unit
+    return (
+        f"{METHOD}.",
+        "* the interval of the difference excludes 0; not corrected for the number of comparisons.",
+        f"test {unit}, differences, params (relative to the bare host): of what was kept (fossilised).",
+        f"final {unit}: of the network as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is",
+        "better. kept: seeds per environment.",
+        *([] if metric.higher_is_better else [f"{unit}: {metric.name}, lower is better."]),
+    )
 
 
 def by_arm(metrics: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -30,35 +42,49 @@ def sizes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {arm: size[..., -1] for arm, size in by_arm(metrics, "committed_size").items()}
 
 
+def metric_of(metrics: dict[str, np.ndarray]) -> Metric:
+    """What a run's hosts were judged by on the report-test split."""
+    fields = {name: metrics[f"metric/{name}"].item() for name in Metric._fields}
+    return Metric(**fields | {"per_nat": None if np.isnan(fields["per_nat"]) else fields["per_nat"]})
+
+
+def values(metrics: dict[str, np.ndarray], of: str = "test_committed") -> dict[str, np.ndarray]:
+    """f[P, E, ...] of each arm in the metric's unit; `of` is `test_committed` (what was kept), `test` or `val`."""
+    accuracy, loss = (by_arm(metrics, f"{of}_{name}") for name in ("accuracy", "loss"))
+    return {arm: metric_of(metrics).value(accuracy[arm], loss[arm]) for arm in accuracy}
+
+
 def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
-    """The cells under `COLUMNS`, a row per arm; "-" for what was not measured."""
-    accuracy, final, loss, kept = (
-        by_arm(metrics, field) for field in ("test_committed", "test_accuracy", "test_committed_loss", "fossilised")
-    )
-    size, rows = sizes(metrics), []
-    for arm in accuracy:
-        difference = lambda samples, arm=arm: "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE])
-        plain = (_plain(np.nanmean(accuracy[arm])), difference(accuracy), _plain(np.nanmean(final[arm])))
-        rows.append([arm, *plain, difference(loss), f"x{size[arm].mean():.2f}", f"{kept[arm].mean():.1f}"])
+    """The cells under `columns`, a row per arm; "-" for what was not measured."""
+    kept, final = values(metrics), values(metrics, "test")
+    loss, fossils = (by_arm(metrics, field) for field in ("test_committed_loss", "fossilised"))
+    size, digits, rows = sizes(metrics), metric_of(metrics).digits, []
+    for arm in kept:
+        difference = lambda samples, digits=2, arm=arm: (
+            "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE], digits)
+        )
+        plain = (_plain(kept[arm], digits), difference(kept, digits), _plain(final[arm], digits), difference(loss))
+        rows.append([arm, *plain, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
     return rows
 
 
-def _plain(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.2f}"
+def _plain(samples: np.ndarray, digits: int) -> str:
+    value = np.nanmean(samples)
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
-def _starred(samples: np.ndarray) -> str:
+def _starred(samples: np.ndarray, digits: int) -> str:
     interval = crossed_interval(samples)
     half = interval.high - interval.mean
-    text = signed(interval.mean) + ("" if np.isnan(half) else f" ± {half:.2f}")
+    text = signed(interval.mean, digits) + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
     return text + ("*" if interval.excludes_zero else " ")
 
 
-def sentence(metrics: dict[str, np.ndarray], data: str) -> str:
-    """What may be claimed and what not."""
-    metric = "report-test accuracy of what was kept"
-    accuracy = by_arm(metrics, "test_committed")
-    return verdict(accuracy, sizes(metrics), learned=LEARNED, baseline=BASELINE, data=data, metric=metric)
+def sentence(metrics: dict[str, np.ndarray], data: str, meant: str | None = None) -> str:
+    """What may be claimed and what not; `meant` are other data, about which nothing may be."""
+    metric = metric_of(metrics)
+    kept, size = values(metrics), sizes(metrics)
+    return verdict(kept, size, learned=LEARNED, baseline=BASELINE, data=data, metric=metric, meant=meant)
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -70,8 +70,8 @@ def decode(action: Action) -> Request:
     )
 
 
-def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleConfig) -> tuple[SlotState, Outcome]:
-    """Carries out one request; `accuracy` (f32[]) is the environment's present one, remembered by a germination."""
+def execute(slots: SlotState, request: Request, score: Array, cfg: LifecycleConfig) -> tuple[SlotState, Outcome]:
+    """Carries out one request; `score` (f32[]) is the environment's present one, remembered by a germination."""
     here = jnp.arange(slots.stage.shape[0], dtype=jnp.int32) == request.slot
     allowed = masks.legal_slots(slots, cfg)[request.op] & here
     gates = stages.gate(slots, cfg)
@@ -81,7 +81,7 @@ def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleC
 
     effects = {
         Op.WAIT: lambda slots, where: slots,
-        Op.GERMINATE: lambda slots, where: select(where, _germinate(slots, where, request, accuracy), slots),
+        Op.GERMINATE: lambda slots, where: select(where, _germinate(slots, where, request, score), slots),
         Op.SET_ALPHA_TARGET: lambda slots, where: _set_alpha_target(slots, where, request),
         Op.PRUNE: lambda slots, where: _prune(slots, where, request),
         Op.FOSSILIZE: _fossilize,
@@ -107,7 +107,7 @@ def execute(slots: SlotState, request: Request, accuracy: Array, cfg: LifecycleC
 # Effects on the slots in `where` (bool[S]), for which the op is legal.
 
 
-def _germinate(slots: SlotState, where: Array, request: Request, accuracy: Array) -> SlotState:
+def _germinate(slots: SlotState, where: Array, request: Request, score: Array) -> SlotState:
     fresh = stages.empty(slots.stage.shape[0])
     put = lambda value, old: jnp.where(where, value, old)
     fresh = fresh.replace(
@@ -116,7 +116,7 @@ def _germinate(slots: SlotState, where: Array, request: Request, accuracy: Array
         ramp_curve=put(request.ramp_curve, fresh.ramp_curve),
         ramp_epochs=put(request.ramp_epochs, fresh.ramp_epochs),
         ramp_target=put(request.target, fresh.ramp_target),
-        metrics=fresh.metrics.replace(germination_accuracy=put(accuracy, fresh.metrics.germination_accuracy)),
+        metrics=fresh.metrics.replace(germination_score=put(score, fresh.metrics.germination_score)),
     )
     return stages.enter(fresh, where, Stage.GERMINATED)
 

@@ -97,7 +97,7 @@ def empty(n_slots: int) -> SlotState:
 
 
 _FLOAT_METRICS = (
-    "initial_accuracy", "current_accuracy", "best_accuracy", "stage_start_accuracy", "germination_accuracy",
+    "initial_score", "current_score", "best_score", "stage_start_score", "germination_score",
     "contribution", "contribution_velocity", "interaction_sum", "boost_received", "gradient_norm", "gradient_ratio",
     "gradient_health", "previous_gradient_health",
 )  # fmt: skip
@@ -108,7 +108,7 @@ _FLAGS = (
 
 
 def enter(slots: SlotState, where: Array, stage: Stage) -> SlotState:
-    """Moves the slots in `where` to a stage: the counters restart, the accuracy of this moment becomes the baseline."""
+    """Moves the slots in `where` to a stage: the counters restart, the score of this moment becomes the baseline."""
     put = lambda value, old: jnp.where(where, value, old)
     metrics = slots.metrics
     return slots.replace(
@@ -116,12 +116,12 @@ def enter(slots: SlotState, where: Array, stage: Stage) -> SlotState:
         previous_stage=put(slots.stage, slots.previous_stage),
         previous_epochs_in_stage=put(slots.epochs_in_stage, slots.previous_epochs_in_stage),
         epochs_in_stage=put(0, slots.epochs_in_stage),
-        metrics=metrics.replace(stage_start_accuracy=put(metrics.current_accuracy, metrics.stage_start_accuracy)),
+        metrics=metrics.replace(stage_start_score=put(metrics.current_score, metrics.stage_start_score)),
     )
 
 
-def record_accuracy(slots: SlotState, accuracy: Array) -> SlotState:
-    """Notes an epoch's accuracy (f32[]) for every slot with a seed; the first one becomes its baseline."""
+def record_score(slots: SlotState, score: Array) -> SlotState:
+    """Notes an epoch's score (f32[]) for every slot with a seed; the first one becomes its baseline."""
     here = is_active(slots.stage)
     first = here & (slots.epochs_total == 0)
     m, one = slots.metrics, here.astype(jnp.int32)
@@ -129,10 +129,10 @@ def record_accuracy(slots: SlotState, accuracy: Array) -> SlotState:
         epochs_total=slots.epochs_total + one,
         epochs_in_stage=slots.epochs_in_stage + one,
         metrics=m.replace(
-            initial_accuracy=jnp.where(first, accuracy, m.initial_accuracy),
-            stage_start_accuracy=jnp.where(first, accuracy, m.stage_start_accuracy),
-            current_accuracy=jnp.where(here, accuracy, m.current_accuracy),
-            best_accuracy=jnp.where(here, jnp.maximum(m.best_accuracy, accuracy), m.best_accuracy),
+            initial_score=jnp.where(first, score, m.initial_score),
+            stage_start_score=jnp.where(first, score, m.stage_start_score),
+            current_score=jnp.where(here, score, m.current_score),
+            best_score=jnp.where(here, jnp.maximum(m.best_score, score), m.best_score),
         ),
     )
 
@@ -153,13 +153,13 @@ def record_contribution(slots: SlotState, contribution: Array, measured: Array) 
 
 
 def improvement_in_stage(slots: SlotState) -> Array:
-    """f32[S]: percentage points gained since the present stage was entered."""
-    return slots.metrics.current_accuracy - slots.metrics.stage_start_accuracy
+    """f32[S]: points gained since the present stage was entered."""
+    return slots.metrics.current_score - slots.metrics.stage_start_score
 
 
 def total_improvement(slots: SlotState) -> Array:
-    """f32[S]: percentage points gained since the first epoch after germination."""
-    return slots.metrics.current_accuracy - slots.metrics.initial_accuracy
+    """f32[S]: points gained since the first epoch after germination."""
+    return slots.metrics.current_score - slots.metrics.initial_score
 
 
 @struct.dataclass

@@ -6,7 +6,7 @@ its gradient stopped when isolated) and a the slot's alpha:
     TRAINING   y = h + (s - stop_gradient(s))      value h, the seed sees the full gradient, so does the host
     ADD        y = h + a (s - h)
     MULTIPLY   y = h (1 + a tanh(s - x))
-    GATE       y = h + a g(x) (s - h)              g: a small network's sigmoid, one number per image
+    GATE       y = h + a g(x) (s - h)              g: a small network's sigmoid, a number per example
 
 From BLENDING on gradients flow jointly through both branches, unless the slot is isolated.
 """
@@ -21,7 +21,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from esper_jax.network import blueprints, layers, seed_bank
+from esper_jax.network import seed_bank
+from esper_jax.network.blueprints import Blueprint
+from esper_jax.network.host import Layout
 from esper_jax.types import AlphaAlgorithm, Array, SlotState, Stage
 
 STRAIGHT_THROUGH, ADD, MULTIPLY, GATE = range(4)
@@ -34,8 +36,8 @@ class SeedVars:
     params: Array  # f32[P] packed parameters of the seed, see seed_bank
     gate: Array  # f32[G] packed parameters of the gate network
     width: int = struct.field(pytree_node=False)  # channels of the slot
-    # kinds of seeds it can hold; only these are compiled
-    blueprints: tuple[str | blueprints.Blueprint, ...] = struct.field(pytree_node=False)
+    # what it can hold, see `seed_bank.table`; only these are compiled
+    kinds: tuple[Blueprint, ...] = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -48,8 +50,8 @@ class Controls:
     isolate: Array  # bool[S]
 
 
-def controls(slots: SlotState, names: tuple[str, ...], alpha_override: Array | None = None) -> Controls:
-    """What the lifecycle record means for the forward pass of slots that can hold the named blueprints.
+def controls(slots: SlotState, kinds: tuple[Blueprint, ...], alpha_override: Array | None = None) -> Controls:
+    """What the lifecycle record means for the forward pass of slots that can hold these kinds of seeds.
 
     A slot acts in TRAINING, BLENDING, HOLDING and FOSSILIZED. With `alpha_override` (f32[S], NaN = keep) a slot
     blends at that alpha, also in TRAINING.
@@ -67,7 +69,7 @@ def controls(slots: SlotState, names: tuple[str, ...], alpha_override: Array | N
     algorithm = jnp.where(slots.algorithm == AlphaAlgorithm.NONE, AlphaAlgorithm.ADD, slots.algorithm)
     blending = algorithm - AlphaAlgorithm.ADD + ADD
     mode = jnp.where(straight, STRAIGHT_THROUGH, blending)
-    kind = jnp.where(acts, seed_bank.kind_of(slots.blueprint, names), 0)
+    kind = jnp.where(acts, seed_bank.kind_of(slots.blueprint, kinds), 0)
     return Controls(kind, mode, jnp.clip(alpha, 0, 1), slots.isolate | straight)
 
 
@@ -92,28 +94,29 @@ def gate_init(key: Array, width: int) -> Array:
     return jnp.asarray(bounds) * jax.random.uniform(key, bounds.shape, jnp.float32, -1, 1)
 
 
-def gate_value(gate: Array, x: Array) -> Array:
-    """sigmoid(W2 relu(W1 mean(x) + b1) + b2) of one tile: `[C, H, W, N]` to f32 `[N]`."""
-    c = x.shape[0]
+def gate_value(gate: Array, x: Array, layout: Layout) -> Array:
+    """sigmoid(W2 relu(W1 mean(x) + b1) + b2) for every example of a tile: f32 `[N]`."""
+    c = layout.width(x)
     # C m + 2 m + 1 parameters determine m, so a gate of another hidden width (as in older records) can be read too
     hidden = (gate.size - 1) // (c + 2)
     w1, b1, w2, b2 = jnp.split(gate, [c * hidden, (c + 1) * hidden, (c + 2) * hidden])
-    inner = jax.nn.relu(w1.reshape(c, hidden).T @ layers.global_average(x) + b1[:, None])
+    inner = jax.nn.relu(w1.reshape(c, hidden).T @ layout.average(x) + b1[:, None])
     return jax.nn.sigmoid(w2 @ inner + b2)
 
 
 # --- blending --------------------------------------------------------------------------------------------------------
 
 
-def blend(mode: Array, h: Array, s: Array, x: Array, alpha: Array, gate: Array) -> Array:
-    """Host features h and seed output s mixed as `mode` says; all of one tile `[C, H, W, N]`, alpha f32[], gate f32[G].
+def blend(mode: Array, h: Array, s: Array, x: Array, alpha: Array, gate: Array, layout: Layout) -> Array:
+    """Host features h and seed output s mixed as `mode` says; h, s, x are one tile, alpha f32[], gate f32[G].
 
     Exactly h at alpha 0 and (for ADD) exactly s at alpha 1. NaN in s is not hidden.
     """
     s = s.astype(h.dtype)
     alpha = alpha.astype(h.dtype)
     # selected rather than branched: all of this fuses into one pass over a cached tile, and compiles once
-    weight = (alpha * jnp.where(mode == GATE, gate_value(gate, x), 1).astype(h.dtype))[None, None, None]
+    opening = jnp.where(mode == GATE, gate_value(gate, x, layout), 1).astype(h.dtype)
+    weight = layout.per_example(alpha * opening)
     # the form that is exact at its end of the range
     mixed = jnp.where(weight < 0.5, h + weight * (s - h), s - (s - h) * (1 - weight))
     multiplied = h * (1 + alpha * jnp.tanh(s - x))
@@ -125,14 +128,16 @@ def _branches(blueprint):
     """A slot with a seed of a known blueprint on all tiles: forward, forward that keeps the seeds' stems, backward, for
     `seed_bank.differentiable_switch`."""
 
+    layout = blueprint.layout
+
     def stem_of(isolate, params, h):
         x = jnp.where(isolate, lax.stop_gradient(h), h)
-        return blueprint.stem_of(seed_bank.unpack(blueprint, h.shape[0], params), x)
+        return blueprint.stem_of(seed_bank.unpack(blueprint, layout.width(h), params), x)
 
     def blended(mode, alpha, isolate, params, gate, h, stem):
         x = jnp.where(isolate, lax.stop_gradient(h), h)
-        s = blueprint.after_stem(seed_bank.unpack(blueprint, h.shape[0], params), x, stem)
-        return blend(mode, h, s, x, alpha, gate)
+        s = blueprint.after_stem(seed_bank.unpack(blueprint, layout.width(h), params), x, stem)
+        return blend(mode, h, s, x, alpha, gate, layout)
 
     def forward(mode, alpha, isolate, params, gate, tiles):
         one = lambda h: blended(mode, alpha, isolate, params, gate, h, stem_of(isolate, params, h))
@@ -161,7 +166,7 @@ def _branches(blueprint):
 
 
 @cache
-def _slot_switch(kinds: tuple[blueprints.Blueprint, ...]):
+def _slot_switch(kinds: tuple[Blueprint, ...]):
     """The differentiable switch over "no seed" (in place of noop) and the other kinds."""
     forward = [lambda mode, alpha, isolate, params, gate, tiles: tiles]
     keeping = [lambda mode, alpha, isolate, params, gate, tiles: (tiles, jnp.zeros_like(tiles))]
@@ -175,9 +180,9 @@ def _slot_switch(kinds: tuple[blueprints.Blueprint, ...]):
 
 
 def apply_slot(control: Controls, seed: SeedVars, tiles: Array) -> Array:
-    """One slot on the features of all tiles `[T, C, H, W, N]`; every leaf of `control` is a scalar here.
+    """One slot on the features of all tiles `[T, ...]`; every leaf of `control` is a scalar here.
 
     Differentiable in `seed` and `tiles`; sparse under vmap. An empty slot returns its input.
     """
-    run = _slot_switch(seed_bank.table(seed.blueprints))
+    run = _slot_switch(seed.kinds)
     return run(control.kind, control.mode, control.alpha, control.isolate, seed.params, seed.gate, tiles)

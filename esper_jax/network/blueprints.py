@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from esper_jax.network import layers
+from esper_jax.network import layers, sequences
+from esper_jax.network.host import Layout
 from esper_jax.types import Array
 
 Params = dict[str, Array]
@@ -56,9 +57,10 @@ class Blueprint(NamedTuple):
 
     name: str
     spec: Callable[[int], dict[str, Initial]]  # width -> parameters, in the order in which they are packed
-    forward: Callable[..., Array]  # (parameters, x) -> y, both [C, H, W, N]; with a stem (parameters, x, stem's) -> y
-    stem: Callable[[Params, Array], Array] | None = None  # (parameters, x) -> [C, H, W, N], kept for the backward pass
+    forward: Callable[..., Array]  # (parameters, x) -> y, both a tile; with a stem (parameters, x, stem's) -> y
+    stem: Callable[[Params, Array], Array] | None = None  # (parameters, x) -> a tile, kept for the backward pass
     draw: Callable[[Array, int], Params] | None = None  # (key, width) -> parameters that no range describes
+    layout: Layout = layers.IMAGES  # of the tiles
 
     def __repr__(self) -> str:
         """Short: a message about a configuration shows it, and the addresses of functions tell nobody anything."""
@@ -66,14 +68,19 @@ class Blueprint(NamedTuple):
 
     @classmethod
     def from_functions(
-        cls, name: str, init: Callable[[Array, int], Any], apply: Callable[[Any, Array], Array]
+        cls,
+        name: str,
+        init: Callable[[Array, int], Any],
+        apply: Callable[[Any, Array], Array],
+        layout: Layout = layers.IMAGES,
     ) -> Blueprint:
         """A module whose features lie as everywhere in the field.
 
         Args:
           init: `(key, width) -> params`, any pytree of f32 arrays.
-          apply: `(params, x) -> y`, both `[B, H, W, C]`; called with a tile of a batch at a time, so that it may not
-            depend on other images. `y` is cast to the dtype of `x`.
+          apply: `(params, x) -> y`, both `[B, H, W, C]` (for text `[B, L, C]`); called with a tile of a batch at a
+            time, so that it may not depend on other examples. `y` is cast to the dtype of `x`.
+          layout: of the host that it is for: `layers.IMAGES` or `sequences.SEQUENCES`.
 
         A module of flax, for which `x` has to have some size when it is initialised:
 
@@ -95,12 +102,12 @@ class Blueprint(NamedTuple):
             return {path: Initial(leaf.shape, 0, 0) for path, leaf in named(shapes(width)).items()}
 
         def forward(params: Params, x: Array) -> Array:
-            tree = shapes(x.shape[0])
+            tree = shapes(layout.width(x))
             leaves = [params[path] for path in named(tree)]  # by name: JAX sorts the entries of a dict
-            y = apply(jax.tree.unflatten(jax.tree.structure(tree), leaves), x.transpose(3, 1, 2, 0))
-            return y.astype(x.dtype).transpose(3, 1, 2, 0)
+            y = apply(jax.tree.unflatten(jax.tree.structure(tree), leaves), layout.from_tile(x))
+            return layout.to_tile(y.astype(x.dtype))
 
-        return cls(name, spec, forward, draw=lambda key, width: named(init(key, width)))
+        return cls(name, spec, forward, draw=lambda key, width: named(init(key, width)), layout=layout)
 
     def check(self, width: int = 8, dtype: str = "float32") -> None:
         """Tries the module on features of that many channels.
@@ -108,7 +115,7 @@ class Blueprint(NamedTuple):
         Raises ValueError if it fails on them or changes their shape or dtype, or if its parameters are not those that
         its `spec` says, all f32.
         """
-        x = jax.ShapeDtypeStruct((width, 6, 4, 2), dtype)
+        x = jax.ShapeDtypeStruct(self.layout.example(width), dtype)
         said = f"blueprint {self.name!r}: at {width} channels of {dtype} "
         facts = lambda y: f"{getattr(y, 'dtype', type(y).__name__)}{list(getattr(y, 'shape', []))}"
         try:
@@ -148,9 +155,9 @@ class Blueprint(NamedTuple):
         }
 
     def apply(self, params: Params, x: Array) -> Array:
-        """The module on features `[B, H, W, C]`."""
-        tile = layers.to_tiles(x)[0]
-        return layers.from_tiles(self.after_stem(params, tile, self.stem_of(params, tile))[None])
+        """The module on features `[B, H, W, C]`, or `[B, L, C]` of text."""
+        tile = self.layout.to_tile(x)
+        return self.layout.from_tile(self.after_stem(params, tile, self.stem_of(params, tile)))
 
     def param_count(self, width: int) -> int:
         """Number of parameters at `width` channels."""
@@ -263,5 +270,68 @@ CNN: dict[str, Blueprint] = {
         Blueprint("bottleneck", _bottleneck_spec, _bottleneck, _narrow),
         Blueprint("conv_small", lambda c: {"conv": _conv(1, c, c), **_group_norm_spec(c)}, _residual, _convolution),
         Blueprint("conv_heavy", _conv_heavy_spec, _conv_heavy, _first_convolution),
+    )
+}
+
+
+# --- for transformers (slots_and_hosts 2.4); x is the residual stream `[N, L, d]`, not normalised ---------------------
+
+ATTENTION_HEADS = 4
+
+
+def _layer_norm(p: Params, x: Array) -> Array:
+    """x + tanh(s) (LN(x) - x); 2d + 1 parameters."""
+    return x + jnp.tanh(p["strength"]).astype(x.dtype) * (sequences.layer_norm(x, p["scale"], p["bias"]) - x)
+
+
+def _low_rank_spec(rank: int) -> Callable[[int], dict[str, Initial]]:
+    return lambda d: {"down": uniform((d, rank), d), "up": constant((rank, d), 0.0)}
+
+
+def _low_rank(p: Params, x: Array) -> Array:
+    """x + U(D(x)) of rank r; 2 r d parameters."""
+    return x + sequences.linear(sequences.linear(x, p["down"]), p["up"])
+
+
+def _self_attention_spec(d: int) -> dict[str, Initial]:
+    if d % ATTENTION_HEADS:
+        raise ValueError(f"attention at width {d}: must be a multiple of its {ATTENTION_HEADS} heads")
+    projection = {"out": constant((d, d), 0.0), "out_bias": constant((d,), 0.0)}
+    return {"qkv": uniform((d, 3 * d), d), "qkv_bias": uniform((3 * d,), d), **projection}
+
+
+def _self_attention(p: Params, x: Array) -> Array:
+    """x + P(causal attention(x)) with 4 heads; 4d^2 + 4d parameters."""
+    heads = sequences.causal_attention(x, p["qkv"], p["qkv_bias"], ATTENTION_HEADS)
+    return x + sequences.linear(heads, p["out"], p["out_bias"])
+
+
+def _mlp_spec(expansion: int) -> Callable[[int], dict[str, Initial]]:
+    def spec(d: int) -> dict[str, Initial]:
+        inner = expansion * d
+        into = {"in": uniform((d, inner), d), "in_bias": uniform((inner,), d)}
+        return {**into, "out": constant((inner, d), 0.0), "out_bias": constant((d,), 0.0)}
+
+    return spec
+
+
+def _mlp(p: Params, x: Array) -> Array:
+    """x + F2(gelu(F1(x))) with e d inner channels; 2 e d^2 + (e + 1) d parameters."""
+    inner = sequences.gelu(sequences.linear(x, p["in"], p["in_bias"]))
+    return x + sequences.linear(inner, p["out"], p["out_bias"])
+
+
+TRANSFORMER: dict[str, Blueprint] = {
+    name: Blueprint(name, spec, forward, layout=sequences.SEQUENCES)
+    for name, spec, forward in (
+        ("noop", lambda d: {}, _noop),
+        ("norm", _norm_spec, _layer_norm),
+        ("lora", _low_rank_spec(8), _low_rank),
+        ("lora_large", _low_rank_spec(32), _low_rank),
+        ("attention", _self_attention_spec, _self_attention),
+        # the reference's other kernel for the same mathematics
+        ("flex_attention", _self_attention_spec, _self_attention),
+        ("mlp_small", _mlp_spec(2), _mlp),
+        ("mlp", _mlp_spec(4), _mlp),
     )
 }

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from esper_jax.network.host import Layout
 from esper_jax.types import Array
 
 MOST_SHIFTED_PRODUCTS = 32  # per output: the largest convolution that is computed without slices on a CPU
@@ -29,12 +30,13 @@ BLOCK_BYTES = 80_000  # of slices for one matrix product on a CPU
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch in the running statistics
 GROUP_NORM_EPSILON = 1e-5
+IMAGES = Layout(channel_axis=0, example_axis=3, rank=4)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 
-def _largest_divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of `number` that is at most `most`, 1 if there is none."""
     return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
 
@@ -48,7 +50,7 @@ def images_per_tile(batch: int, pixels_per_image: int, tile_pixels: int) -> int:
     """
     if tile_pixels == 0:
         return batch
-    return _largest_divisor(batch, min(tile_pixels // pixels_per_image, batch // 2))
+    return largest_divisor(batch, min(tile_pixels // pixels_per_image, batch // 2))
 
 
 def to_tiles(images: Array, tile_pixels: int = 0) -> Array:
@@ -135,8 +137,8 @@ def _by_blocks(x: Array, kernel: Array) -> Array:
     size, _, c, o = kernel.shape
     _, h, w, n = x.shape
     most = max(1, BLOCK_BYTES // (size * size * c * n * x.dtype.itemsize))  # positions in the image
-    columns = _largest_divisor(w, most)
-    rows = _largest_divisor(h, most // columns)
+    columns = largest_divisor(w, most)
+    rows = largest_divisor(h, most // columns)
     if (rows, columns) == (h, w):
         return _as_product(patches(x, size), kernel, x.shape[1:])
     padded, zero = _pad_image(x, size // 2), jnp.int32(0)
@@ -366,4 +368,4 @@ _block.defvjp(_block_forward, _block_backward)
 
 def global_average(x: Array) -> Array:
     """Mean over the image of a tile: `[C, H, W, N]` to f32 `[C, N]`."""
-    return x.astype(jnp.float32).mean((1, 2))
+    return IMAGES.average(x)

@@ -6,51 +6,90 @@ its own alpha. `Array` axes: T tiles, C channels, H W image, N images in a tile,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from esper_jax.config import HostConfig
-from esper_jax.network import blend, cnn, seed_bank
+from esper_jax.config import AnyHostConfig, HostConfig, TransformerConfig
+from esper_jax.network import blend, cnn, seed_bank, transformer
 from esper_jax.network.blend import Controls, SeedVars
 from esper_jax.network.blueprints import Blueprint
-from esper_jax.types import CNN_BLUEPRINTS, Array, SlotState
+from esper_jax.network.host import Host, SlotFunction, apply
+from esper_jax.types import Array, SlotState
 
 
 @struct.dataclass
 class Model:
     """A host and the seeds in its slots; without seeds it is the bare host, whose boundaries are left alone."""
 
-    host: cnn.HostVars
+    host: Host
     seeds: tuple[SeedVars, ...]  # one per slot, in the order of the forward pass, or none at all
 
     @property
-    def blueprints(self) -> tuple[str | Blueprint, ...]:
+    def kinds(self) -> tuple[Blueprint, ...]:
         """Kinds of seeds that the slots can hold."""
-        return self.seeds[0].blueprints if self.seeds else ()
+        return self.seeds[0].kinds if self.seeds else ()
+
+
+class Family(NamedTuple):
+    """What is made of one kind of configuration; `example` is the shape of one input: (H, W, C) or (L,)."""
+
+    init: Callable[..., Host]  # (key, cfg, example, outputs)
+    check: Callable[..., None]  # (cfg, example), raises ValueError if the host cannot read such inputs
+
+
+FAMILIES = {
+    HostConfig: Family(
+        lambda key, cfg, example, outputs: cnn.init(key, cfg, channels=example[-1], classes=outputs),
+        lambda cfg, example: cnn.check_image_size(cfg, min(example[:2])),
+    ),
+    TransformerConfig: Family(
+        lambda key, cfg, example, outputs: transformer.init(key, cfg, vocabulary=outputs),
+        lambda cfg, example: transformer.check_length(cfg, *example),
+    ),
+}
+
+
+def kinds(cfg: AnyHostConfig, modules: tuple[str | Blueprint, ...] | None = None) -> tuple[Blueprint, ...]:
+    """What the numbers of the seeds' kinds stand for in this host; by default all of the package's modules for it."""
+    return seed_bank.table(tuple(cfg.modules) if modules is None else modules, cfg.modules)
+
+
+def check(cfg: AnyHostConfig, example: tuple[int, ...]) -> None:
+    """Raises ValueError if the host cannot read inputs of that shape: images (H, W, C) or sequences (L,)."""
+    FAMILIES[type(cfg)].check(cfg, example)
 
 
 def init(
     key: Array,
-    cfg: HostConfig,
+    cfg: AnyHostConfig,
     *,
-    blueprints: tuple[str | Blueprint, ...] = CNN_BLUEPRINTS,
-    channels: int = 3,
-    classes: int = 10,
+    blueprints: tuple[str | Blueprint, ...] | None = None,
+    example: tuple[int, ...] = (32, 32, 3),
+    outputs: int = 10,
 ) -> Model:
-    """A new host with empty slots that can hold the named kinds of seeds."""
-    size = lambda width: seed_bank.packed_size(seed_bank.table(blueprints), width)
-    zeros = lambda length: jnp.zeros(length, jnp.float32)
-    seeds = tuple(SeedVars(zeros(size(w)), zeros(blend.gate_size(w)), w, blueprints) for w in cfg.slot_widths)
-    return Model(cnn.init(key, cfg, channels=channels, classes=classes), seeds)
+    """A new host with empty slots.
+
+    Args:
+      blueprints: the kinds of seeds that the slots can hold; by default all of the package's modules for this host.
+      example: shape of one input: an image (H, W, C) or a sequence (L,).
+      outputs: classes, or tokens of the vocabulary.
+    """
+    zeros, table = lambda length: jnp.zeros(length, jnp.float32), kinds(cfg, blueprints)
+    size = lambda width: seed_bank.packed_size(table, width)
+    seeds = tuple(SeedVars(zeros(size(w)), zeros(blend.gate_size(w)), w, table) for w in cfg.slot_widths)
+    return Model(FAMILIES[type(cfg)].init(key, cfg, example, outputs), seeds)
 
 
-def _slot_functions(model: Model, controls: Controls) -> dict[int, cnn.SlotFunction]:
-    """`{block: function on tiles}` for every slot."""
+def _slot_functions(model: Model, controls: Controls) -> dict[int, SlotFunction]:
+    """`{segment: function on tiles}` for every slot."""
     return {
-        block: lambda tiles, s=s: blend.apply_slot(jax.tree.map(lambda leaf: leaf[s], controls), model.seeds[s], tiles)
-        for s, block in enumerate(model.host.cfg.slot_blocks[: len(model.seeds)])
+        segment: lambda tiles, s=s: blend.apply_slot(jax.tree.map(lambda x: x[s], controls), model.seeds[s], tiles)
+        for s, segment in enumerate(model.host.cfg.slot_segments[: len(model.seeds)])
     }
 
 
@@ -62,20 +101,22 @@ def forward(
     *,
     train: bool = False,
     tile_pixels: int = 0,
+    dtype: str = "float32",
+    key: Array | None = None,
 ) -> tuple[Array, Model]:
-    """Logits of images `[B, H, W, C]`, f32 `[B, classes]`, and the model with new running statistics (if `train`).
+    """Logits of a batch, f32 `[B, ..., outputs]`, and the model with new running statistics (if `train`).
 
     `alpha_override` f32[S] replaces the slots' alphas (NaN keeps one); vmap over `[K, S]` evaluates K configurations.
-    The features are computed in the dtype of `x`.
+    The other arguments are those of `host.apply`.
     """
-    functions = _slot_functions(model, blend.controls(state, model.blueprints, alpha_override))
-    logits, host = cnn.apply(model.host, x, train=train, slots=functions, tile_pixels=tile_pixels)
+    functions = _slot_functions(model, blend.controls(state, model.kinds, alpha_override))
+    logits, host = apply(model.host, x, train=train, slots=functions, tile_pixels=tile_pixels, dtype=dtype, key=key)
     return logits, model.replace(host=host)
 
 
 def live_slots(model: Model, state: SlotState) -> Array:
     """bool[S]: slots whose alpha matters, that is with a seed in the forward pass and alpha above 0."""
-    controls = blend.controls(state, model.blueprints)
+    controls = blend.controls(state, model.kinds)
     return (controls.kind > 0) & (controls.alpha > 0)
 
 
@@ -94,26 +135,31 @@ def distinct_configurations(live: Array) -> tuple[Array, Array]:
     return position, 2 ** live.sum(dtype=jnp.int32)
 
 
-def forward_all_configurations(model: Model, state: SlotState, tile: Array) -> Array:
-    """Logits of one tile `[C, H, W, N]` under all different on/off patterns of the live slots, `f32[2^S, N, classes]`.
+def forward_all_configurations(model: Model, state: SlotState, x: Array, *, dtype: str = "float32") -> Array:
+    """Logits of a batch, taken as one tile, under all different on/off patterns of the live slots: f32
+    `[2^S, B, ..., outputs]`.
 
-    Prefixes are shared: a block runs once for every different pattern of the live slots before it, so three live slots
-    cost 1 + 2 + 4 blocks and one final read-out each, not 8 networks, and a host without live slots one pass. Rows
-    beyond the number of different patterns are undefined; `distinct_configurations` says which row is which pattern.
+    Prefixes are shared: a segment runs once for every different pattern of the live slots before it, so three live
+    slots cost 1 + 2 + 4 segments and one final read-out each, not 8 networks, and a host without live slots one pass.
+    Rows beyond the number of different patterns are undefined; `distinct_configurations` says which row is which
+    pattern.
     """
-    controls = blend.controls(state, model.blueprints)
+    controls = blend.controls(state, model.kinds)
     live = live_slots(model, state)
-    slot_of_block = {block: s for s, block in enumerate(model.host.cfg.slot_blocks)}
-    features, count = tile[None], jnp.int32(1)  # features of the different patterns so far, and how many there are
+    slot_of_segment = {segment: s for s, segment in enumerate(model.host.cfg.slot_segments)}
+    features, count = (
+        model.host.embed(x, dtype=dtype, tile_pixels=0),
+        jnp.int32(1),
+    )  # features of the different patterns so far, and how many there are
 
-    for block in range(model.host.cfg.n_blocks):
-        features = _map_first(lambda x, i=block: cnn.eval_block(model.host, i, x), features, count)
-        if block in slot_of_block:
-            s = slot_of_block[block]
+    for segment in range(model.host.n_segments):
+        features = _map_first(lambda x, i=segment: model.host.eval_segment(i, x), features, count)
+        if segment in slot_of_segment:
+            s = slot_of_segment[segment]
             control = jax.tree.map(lambda leaf, s=s: leaf[s], controls)
             features = _split(model.seeds[s], control, live[s], features, count)
             count = jnp.where(live[s], 2 * count, count)
-    return _map_first(lambda x: cnn.read_out(model.host, x), features, count)
+    return _map_first(model.host.read_out, features, count)
 
 
 def _map_first(fun, xs: Array, count: Array) -> Array:

@@ -7,7 +7,7 @@ branch for every environment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,24 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from esper_jax.enums import catalog
-from esper_jax.network import blueprints
 from esper_jax.network.blueprints import Blueprint
 from esper_jax.types import Array
 
 # --- packed parameters -----------------------------------------------------------------------------------------------
 
 
-def table(modules: tuple[str | Blueprint, ...]) -> tuple[Blueprint, ...]:
-    """What the numbers 0, 1, 2, ... of the seeds' kinds stand for: noop, then the given blueprints."""
-    return tuple(blueprints.CNN[m] if isinstance(m, str) else m for m in ("noop", *(m for m in modules if m != "noop")))
+def table(modules: tuple[str | Blueprint, ...], named: Mapping[str, Blueprint]) -> tuple[Blueprint, ...]:
+    """What the numbers 0, 1, 2, ... of the seeds' kinds stand for: noop, then the given blueprints.
+
+    Args:
+      named: the package's modules for this host, by name.
+    """
+    return tuple(named[m] if isinstance(m, str) else m for m in ("noop", *(m for m in modules if m != "noop")))
 
 
-def kind_of(blueprint: Array, modules: tuple[str | Blueprint, ...]) -> Array:
-    """i32: number in `table(modules)` of a number in the catalog; 0 (noop) for none and for one that is not in it."""
-    names = [kind.name for kind in table(modules)]
+def kind_of(blueprint: Array, kinds: tuple[Blueprint, ...]) -> Array:
+    """i32: number among the kinds of a number in the catalog; 0 (noop) for none and for one that is not in it."""
+    names = [kind.name for kind in kinds]
     numbers = [names.index(name) if name in names else 0 for name in catalog(names)]
     return jnp.where(blueprint < 0, 0, jnp.asarray(numbers, jnp.int32)[jnp.maximum(blueprint, 0)])
 

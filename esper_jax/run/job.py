@@ -6,13 +6,14 @@ import contextlib
 import errno
 import gc
 import importlib
+import json
 import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +25,8 @@ from esper_jax.control.arms import controllers
 from esper_jax.enums import LEARNED
 from esper_jax.env.environment import make_env
 from esper_jax.evidence import report, tables
-from esper_jax.network import cnn
+from esper_jax.network import model as networks
+from esper_jax.network.host import param_count
 from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
 from esper_jax.run.console import Console, round_note
 from esper_jax.run.options import typed
@@ -32,6 +34,9 @@ from esper_jax.train import RunState, Train, make_train
 from esper_jax.types import Controller
 
 SMALLER = "a smaller --env-chunk, --n-envs, --policy-seeds or --training.epochs needs less"
+
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,13 @@ class JobOptions:
     """print only warnings and the result"""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
+    def meant(self, dataset: data.AnyDataset) -> str | None:
+        """Data that were meant if these are others, about which a report has to say so."""
+        return None
+
+    def check_data(self) -> None:
+        """Raises ValueError if the data that are named are not there."""
+
 
 class Job(NamedTuple):
     """A run that is ready to start."""
@@ -65,15 +77,31 @@ class Job(NamedTuple):
     run: RunState | None  # None before the first round
     meta: dict  # what a checkpoint has to agree with
     card: dict  # run.json
+    meant: str | None = None  # see JobOptions.meant
 
 
-def check_folder(data_dir: str | None) -> str | None:
-    """The folder, or a ValueError if it is not there."""
-    if data_dir is not None and not (data_dir and os.path.isdir(data.named_folder("--data-dir", data_dir))):
-        raise ValueError(
-            f"--data-dir {shlex.quote(data_dir)}: must be a folder that exists and holds the CIFAR-10 files"
-        )
-    return data_dir
+def config_of(card: dict | None, kind: type[C], folder: str | None) -> C | None:
+    """The configuration of a run's card. Raises ValueError if that is a run of another experiment."""
+    if card is None:
+        return None
+    cfg = Config.from_json(json.dumps(card["config"]))
+    if type(cfg) is not kind:
+        raise ValueError(f"--resume {folder}: is a run of another experiment: {card['command']}")
+    return cfg
+
+
+def check_resumed(chosen: JobOptions, cfg: Config, card: dict) -> None:
+    """Raises ValueError if options differ from those of the run that is to go on, whose configuration was `cfg`."""
+    resume, then = chosen.resume, provenance.computed(cfg)
+    if chosen.out:
+        raise ValueError("--out and --resume: give one of them; a resumed run goes on in its own folder")
+    if chosen.preset != card["preset"]:
+        raise ValueError(f"--preset {chosen.preset} and --resume: {resume} is a run of preset {card['preset']}")
+    if (now := provenance.computed(chosen.config)) != then:
+        lines = (json.dumps(computed, indent=0).splitlines() for computed in (now, then))
+        changed = [line.strip(", ") for line, before in zip(*lines, strict=False) if line != before]
+        allowed = ", ".join(provenance.NOT_COMPUTED)
+        raise ValueError(f"--resume {resume}: {changed[0]}: only {allowed} may differ from then")
 
 
 def check(cfg: Config, script: Path | str | None) -> tuple[dict[str, Controller], str | None]:
@@ -100,7 +128,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     cfg = compilation.spread(options.config)
     console = Console(quiet=options.quiet)
     if not options.resume:
-        check_folder(cfg.data.data_dir)
+        options.check_data()
         name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
         out = held.enter_context(folder.new(options.out or name, named=options.out is not None))
     else:
@@ -108,7 +136,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         held.enter_context(folder.locked(out))
     before = provenance.read_card(out) if options.resume else {}
     rules, script = check(cfg, options.script or before.get("script"))
-    header(console, options, cfg, out, rules=len(rules))
+    header(console, options, cfg, out)
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
     if options.preset == "full" and jax.default_backend() == "cpu":
@@ -118,11 +146,12 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         if before and not provenance.same_data(then := before["data"]["identity"], dataset.identity):
             raise ValueError(f"--resume {out}: its data are {then}, those found here {dataset.identity}")
         card = provenance.run_card(cfg, dataset)
-        images = ", ".join(f"{n} {part}" for part, n in card["data"]["images"].items())
-        said.append(f"{dataset.name} {images}; {dataset.source}; identity {dataset.identity[:16]}")
-    if dataset.name != "cifar10":
-        warn(f"THE DATA ARE '{dataset.name}', NOT CIFAR-10")
-    make_env(cfg, dataset)  # which sees whether the images are large enough, and enough of them
+        said.append(f"{dataset.name} {dataset.sizes()}; {dataset.source}; identity {dataset.identity[:16]}")
+    meant = options.meant(dataset)
+    if meant:
+        warn(f"THE DATA ARE '{dataset.name}', NOT {meant}")
+    make_env(cfg, dataset)  # which sees whether the examples are large enough, and enough of them
+    plan(console, cfg, dataset, rules=len(rules))
     train, key = make_train(cfg, dataset, rules), jax.random.key(cfg.seed)
 
     meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
@@ -145,7 +174,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         **card,
     }
     records.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, train, key, run, meta, card)
+    return Job(options, cfg, out, console, train, key, run, meta, card, meant)
 
 
 def start(job: Job) -> Job:
@@ -160,18 +189,24 @@ def start(job: Job) -> Job:
     return job._replace(train=train, run=run)
 
 
-def header(console: Console, options: JobOptions, cfg: Config, out: Path, rules: int) -> None:
-    channels = 1 if cfg.data.name == "digits" else 3
-    host = jax.eval_shape(lambda: cnn.init(jax.random.key(0), cfg.host, channels=channels))
-    device, epochs = provenance.device(cfg), cfg.training.epochs
-    twins = " and their twins" if cfg.reward.mode == "paired" else ""
-    rows = cfg.policy_seeds + bool(twins)
-    total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
+def header(console: Console, options: JobOptions, cfg: Config, out: Path) -> None:
+    device = provenance.device(cfg)
     console.say(f"esper_jax {provenance.versions()['esper_jax']}  preset {options.preset}", style="bold")
     console.facts({
         "run": str(out),
         "device": f"{device['kind']} x{device['used']} of {device['available']}  {device['precision']}",
-        "host": f"{cnn.param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
+    })  # fmt: skip
+
+
+def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) -> None:
+    """What is grown, and how much will be computed."""
+    shape = {"example": dataset.example, "outputs": dataset.outputs}
+    host = jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host
+    epochs, twins = cfg.training.epochs, " and their twins" if cfg.reward.mode == "paired" else ""
+    rows = cfg.policy_seeds + bool(twins)
+    total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
+    console.facts({
+        "host": f"{param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
         + "blueprints " + " ".join(cfg.lifecycle.offered),
         "plan": f"policies: {cfg.policy_seeds} x {cfg.rounds} rounds x {cfg.n_envs} environments{twins} x {epochs} "
         f"epochs, then {rules} rules and {len(LEARNED)} ways to act of each policy x {cfg.report_envs} environments: "
@@ -199,7 +234,9 @@ def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     # matplotlib takes a third of a second, which nobody has to wait for while the arms are played
     compilation.background({"figures": lambda: importlib.import_module("esper_jax.evidence.figures")})
     with job.console.step("arms", " ".join(job.train.controllers)):
-        return records.arm_arrays(job.train.compare(job.key, run, job.train.controllers), job.cfg.lifecycle.catalog)
+        dataset = job.train.dataset
+        arms = job.train.compare(job.key, run, job.train.controllers)
+        return records.arm_arrays(arms, job.cfg.lifecycle.catalog, dataset.metric(dataset.test))
 
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
@@ -210,16 +247,17 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         records.write_arrays(out / "metrics.npz", metrics)
         records.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
         records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
-        rows, claim = tables.table(metrics), tables.sentence(metrics, name)
-        text = "\n".join([title, "", tables.text_table(tables.COLUMNS, rows), *tables.NOTES, "", claim, ""])
+        columns, notes = tables.columns(metrics), tables.notes(metrics)
+        rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
+        text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
         records.write_text(out / "summary.txt", text)
         shown = pictures(job, metrics)
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        records.write_text(out / "report.html", report.page(title, rows, claim, shown, card))
+        records.write_text(out / "report.html", report.page(title, columns, rows, notes, claim, shown, card, job.meant))
         records.write_json(out / "run.json", card)  # last: it says that all is there
-    console.table(tables.COLUMNS, rows)
-    for line in (*tables.NOTES, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
+    console.table(columns, rows)
+    for line in (*notes, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
         console.say(line, always=True)
 
 

@@ -34,8 +34,8 @@ def table(options: type, prefix: str = "--") -> dict[str, Option]:
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         hint, name = hints[field.name], prefix + field.name.replace("_", "-")
-        if hint is Config:
-            found |= table(Config)
+        if isinstance(hint, type) and issubclass(hint, Config):
+            found |= table(hint)
         elif dataclasses.is_dataclass(hint):
             found |= table(hint, f"{name}.")  # type: ignore[arg-type]  # a class of one
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from esper_jax.config import Config
-from esper_jax.data import Dataset
+from esper_jax.data import AnyDataset
 from esper_jax.presets import PRESETS
 
 PACKAGE = Path(__file__).parent.parent
@@ -45,18 +45,9 @@ def device(cfg: Config) -> dict[str, Any]:
     }
 
 
-def data(dataset: Dataset) -> dict[str, Any]:
-    """Which data, as a hash too, and how many images are in each split."""
-    images = {part: len(getattr(dataset, part).labels) for part in ("train", "validation", "test")}
-    return {
-        "name": dataset.name,
-        "source": dataset.source,
-        "identity": dataset.identity,
-        "images": images,
-        "shape": list(dataset.train.images.shape[1:]),
-        "classes": list(dataset.classes),
-        "augmented": dataset.augment,
-    }
+def data(dataset: AnyDataset) -> dict[str, Any]:
+    """Which data, as a hash too, and how much of them."""
+    return {"name": dataset.name, "source": dataset.source, "identity": dataset.identity, **dataset.facts()}
 
 
 def digest(identity: str) -> str:
@@ -99,7 +90,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: must be the run.json of a run: {reason}") from None
 
 
-def run_card(cfg: Config, dataset: Dataset) -> dict[str, Any]:
+def run_card(cfg: Config, dataset: AnyDataset) -> dict[str, Any]:
     """Everything that somebody else needs to get the same numbers."""
     return {
         "seed": cfg.seed,

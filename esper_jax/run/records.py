@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from esper_jax.enums import LEARNED
+from esper_jax.metric import Metric
 from esper_jax.train import Comparison, Metrics, Rollout
 from esper_jax.types import Op, PanicReason, Stage
 
@@ -78,8 +79,13 @@ def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
     return rows | {f"learner/{name}": np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
 
 
-def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[str, np.ndarray]:
-    """The comparison's arrays with a leading A, in the order of `arms/names`; `blueprints` are names by number."""
+def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: Metric) -> dict[str, np.ndarray]:
+    """The comparison's arrays with a leading A, in the order of `arms/names`, and what its report is about.
+
+    Args:
+      blueprints: names by number.
+      metric: of the report-test split.
+    """
     per_arm: list[dict[str, np.ndarray]] = []
     names: list[str] = []
     policies: list[int] = []
@@ -96,6 +102,8 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str]) -> dict[s
         policies += range(len(test.accuracy))
     joined = {f"arms/{name}": np.concatenate([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
     labels = {"names": names, "policy_seed": policies, "blueprints": blueprints}
+    said = {name: np.array(np.nan if value is None else value) for name, value in metric._asdict().items()}
+    joined |= {f"metric/{name}": value for name, value in said.items()}
     return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined
 
 
@@ -201,7 +209,7 @@ def outcomes(metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
                 "arm": str(arm),
                 "policy_seed": int(arms["policy_seed"][a]),
                 "env": e,
-                "test_accuracy": arms["test_committed"][a, e],
+                "test_accuracy": arms["test_committed_accuracy"][a, e],
                 "test_accuracy_final": arms["test_accuracy"][a, e],
                 "test_loss": arms["test_committed_loss"][a, e],
                 "test_loss_final": arms["test_loss"][a, e],

@@ -27,6 +27,7 @@ from esper_jax.config import Config, TrainingConfig
 from esper_jax.env import host_training
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
+from esper_jax.network.blueprints import Blueprint
 from esper_jax.run import devices
 from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import over_environments
@@ -229,10 +230,10 @@ def _newborn(bench: Bench):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _germinate(names: tuple[str, ...], width: int, blueprints: jax.Array) -> jax.Array:
+def _germinate(kinds: tuple[Blueprint, ...], width: int, blueprints: jax.Array) -> jax.Array:
     keys = jax.random.split(jax.random.key(4), blueprints.shape[0])
-    fresh = functools.partial(seed_bank.germinate, kinds=seed_bank.table(names), width=width)
-    return jax.vmap(lambda key, kind: fresh(key, kind=kind))(keys, seed_bank.kind_of(blueprints, names))
+    fresh = functools.partial(seed_bank.germinate, kinds=kinds, width=width)
+    return jax.vmap(lambda key, kind: fresh(key, kind=kind))(keys, seed_bank.kind_of(blueprints, kinds))
 
 
 def empty(bench: Bench, envs: int):
@@ -265,8 +266,7 @@ def grown(bench: Bench, blueprints: Any, stages: Any):
         alpha=ramp,
     )
     seeds = [
-        seed.replace(params=_germinate(seed.blueprints, seed.width, kind[:, s]))
-        for s, seed in enumerate(state.model.seeds)
+        seed.replace(params=_germinate(seed.kinds, seed.width, kind[:, s])) for s, seed in enumerate(state.model.seeds)
     ]
     return state.replace(slots=record, model=state.model.replace(seeds=tuple(seeds)))
 

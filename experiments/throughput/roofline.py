@@ -59,7 +59,7 @@ def slot_sizes(cfg: HostConfig, size: int) -> list[tuple[int, int]]:
     for i in range(cfg.n_blocks):
         size = size // 2 if cnn.pooled(cfg, i) else size
         sizes.append(size)
-    return [(cfg.widths[i], sizes[i]) for i in cfg.slot_blocks]
+    return [(cfg.widths[i], sizes[i]) for i in cfg.slot_segments]
 
 
 def total(layers: list[Work]) -> Work:

@@ -26,7 +26,7 @@ def observe(slots, epoch, cfg=PERMISSIVE):
 def advance_epoch(slots, action):
     """One epoch of three slots; every seed with some alpha is measured to contribute a point."""
     slots, outcome = operations.execute(slots, operations.decode(action), jnp.float32(50), PERMISSIVE)
-    slots = stages.record_accuracy(stages.tick(slots, PERMISSIVE), jnp.float32(50))
+    slots = stages.record_score(stages.tick(slots, PERMISSIVE), jnp.float32(50))
     slots = stages.record_contribution(slots, jnp.ones(3), slots.alpha.alpha > 0)
     return slots, outcome
 

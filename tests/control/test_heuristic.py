@@ -38,8 +38,8 @@ def seed(
         blueprint=jnp.array([BLUEPRINTS.index(blueprint)], jnp.int32),
         alpha=slots.alpha.replace(alpha=f(alpha), target=f(target), mode=jnp.array([int(mode)], jnp.int32)),
         metrics=slots.metrics.replace(
-            stage_start_accuracy=f(-gained),
-            initial_accuracy=f(-total),
+            stage_start_score=f(-gained),
+            initial_score=f(-total),
             contribution=f(0.0 if contribution is None else contribution),
             contribution_valid=jnp.array([contribution is not None]),
         ),

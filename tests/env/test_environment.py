@@ -559,7 +559,9 @@ def test_reset_is_the_first_epoch_of_a_newborn():
 
 
 def test_what_cannot_be_built_is_refused():
-    with pytest.raises(ValueError, match=r"TrainingConfig.batch_size = 65: must be at most 64 images"):
+    with pytest.raises(
+        ValueError, match=r"TrainingConfig.batch_size = 65: must be at most 64, what there is to draw from"
+    ):
         make_env(tiny.CONFIG.replace(**{"training.batch_size": 65}), tiny.dataset())
     with pytest.raises(ValueError, match="pool_layers = 5"):
         make_env(tiny.CONFIG.replace(host=HostConfig(n_blocks=5, pool_layers=5)), tiny.dataset())

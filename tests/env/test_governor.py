@@ -244,7 +244,7 @@ BAD = slots_in(Stage.FOSSILIZED, Stage.BLENDING, Stage.GERMINATED, Stage.DORMANT
 def test_rollback():
     kept = G.snapshot(model(1.0), GOOD)
     assert kept.fossil.tolist() == [True, False, False, False, False]
-    broken = BAD.replace(metrics=BAD.metrics.replace(current_accuracy=jnp.full(5, 3.0)))
+    broken = BAD.replace(metrics=BAD.metrics.replace(current_score=jnp.full(5, 3.0)))
     restored, slots = G.rollback(kept, model(jnp.nan), broken)
 
     chex.assert_trees_all_equal(restored.host, model(1.0).host)

@@ -38,7 +38,7 @@ def batch(cfg):
 def model():
     """A host with seeds in both slots, and momentum everywhere."""
     kinds = tiny.CONFIG.lifecycle.blueprints
-    made = networks.init(jax.random.key(0), tiny.CONFIG.host, blueprints=kinds, channels=1, classes=3)
+    made = networks.init(jax.random.key(0), tiny.CONFIG.host, blueprints=kinds, example=(8, 8, 1), outputs=3)
     draw = lambda k, leaf: 0.2 * jax.random.normal(jax.random.key(k), leaf.shape)
     seeds = tuple(s.replace(params=draw(k, s.params), gate=draw(k + 2, s.gate)) for k, s in enumerate(made.seeds))
     made = made.replace(seeds=seeds)
@@ -248,7 +248,12 @@ record_gradients = jax.jit(host_training.record_gradients, static_argnums=2)
 
 def sample(seed, *, host_norm=2.0, gate=0.0):
     """Telemetry of one slot of 4 channels whose gradient is `seed`, f32[304]."""
-    grads = SeedVars(jnp.asarray(seed, jnp.float32), jnp.full(49, gate, jnp.float32), 4, ("conv_heavy",))
+    grads = SeedVars(
+        jnp.asarray(seed, jnp.float32),
+        jnp.full(49, gate, jnp.float32),
+        4,
+        networks.kinds(tiny.CONFIG.host, ("conv_heavy",)),
+    )
     none = jnp.zeros(1)
     return host_training.EpochMetrics(jnp.float32(0), jnp.float32(0), none, none, jnp.float32(host_norm), (grads,))
 

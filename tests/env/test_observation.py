@@ -22,15 +22,17 @@ encode = jax.jit(functools.partial(observation.encode, space=SPACE))
 def inputs(slots=None, *, last_op=Op.WAIT, last_success=True, epochs=20, **signals):
     f32, history = jnp.float32, jnp.zeros(5)
     values = {
-        "epoch": jnp.int32(1), "train_loss": f32(1), "train_accuracy": f32(40), "val_loss": f32(1),
-        "val_accuracy": f32(50), "loss_delta": f32(jnp.inf), "accuracy_delta": f32(50), "plateau_epochs": jnp.int32(0),
-        "host_stabilized": jnp.bool_(False), "best_val_accuracy": f32(50), "best_val_loss": f32(1),
-        "loss_history": history, "accuracy_history": history, "history_valid": jnp.zeros(5, bool),
+        "epoch": jnp.int32(1), "train_loss": f32(1), "train_score": f32(40), "val_loss": f32(1),
+        "val_score": f32(50), "loss_delta": f32(jnp.inf), "score_delta": f32(50), "plateau_epochs": jnp.int32(0),
+        "host_stabilized": jnp.bool_(False), "best_val_score": f32(50), "best_val_loss": f32(1),
+        "loss_history": history, "score_history": history, "history_valid": jnp.zeros(5, bool),
         "available_slots": jnp.int32(2),
     }  # fmt: skip
     values |= {name: jnp.asarray(value, values[name].dtype) for name, value in signals.items()}
     slots = stages.empty(2) if slots is None else slots
-    return observation.Inputs(Signals(**values), slots, jnp.int32(last_op), jnp.bool_(last_success), f32(epochs))
+    return observation.Inputs(
+        Signals(**values), slots, jnp.int32(last_op), jnp.bool_(last_success), f32(epochs), f32(100)
+    )
 
 
 def changed(tree, **fields):
@@ -70,14 +72,14 @@ def test_the_table_is_the_vector():
 def test_global_features():
     # symlog(x) / 7: ln(1 + e^2 - 1) / 7 = 2 / 7, ln 2 / 7 = 0.0990210
     given = inputs(
-        seed(Stage.TRAINING), epoch=5, val_loss=np.e**2 - 1, val_accuracy=62.5, train_accuracy=75, plateau_epochs=4,
-        host_stabilized=True, loss_history=[9, 9, 9, 1, 0], accuracy_history=[7, 7, 7, 20, 40],
+        seed(Stage.TRAINING), epoch=5, val_loss=np.e**2 - 1, val_score=62.5, train_score=75, plateau_epochs=4,
+        host_stabilized=True, loss_history=[9, 9, 9, 1, 0], score_history=[7, 7, 7, 20, 40],
         history_valid=[False, False, False, True, True], last_op=Op.PRUNE, last_success=False,
     )  # fmt: skip
     check(given, {
-        "epoch": 0.25, "val_loss": 2 / 7, "val_accuracy": 0.625, "train_accuracy": 0.75, "plateau": 0.4,
+        "epoch": 0.25, "val_loss": 2 / 7, "val_score": 0.625, "train_score": 0.75, "plateau": 0.4,
         "host_stabilized": 1, "loss_history[0]": 0, "loss_history[2]": 0, "loss_history[3]": 0.0990210,
-        "loss_history[4]": 0, "accuracy_history[2]": 0, "accuracy_history[3]": 0.2, "accuracy_history[4]": 0.4,
+        "loss_history[4]": 0, "score_history[2]": 0, "score_history[3]": 0.2, "score_history[4]": 0.4,
         "history_valid[2]": 0, "history_valid[3]": 1, "slots_training": 0.5, "slots_blending": 0, "slots_held": 0,
         "last_success": 0, "last_op[3]": 1, "last_op[0]": 0,
     })  # fmt: skip
@@ -128,9 +130,7 @@ def test_what_was_not_measured_is_zero_whatever_lies_there():
     measured = ("contribution", "interaction_sum", "boost_received", "gradient_norm", "gradient_ratio",
                 "gradient_health", "previous_gradient_health")  # fmt: skip
     for junk in (jnp.nan, jnp.inf, 7.0):
-        given = inputs(
-            seed(metrics=dict.fromkeys(measured, junk)), loss_history=[junk] * 5, accuracy_history=[junk] * 5
-        )
+        given = inputs(seed(metrics=dict.fromkeys(measured, junk)), loss_history=[junk] * 5, score_history=[junk] * 5)
         np.testing.assert_array_equal(encode(given), encode(inputs(seed())))
 
 
@@ -163,7 +163,7 @@ def test_random_lives_stay_in_the_declared_ranges():
     assert not outside.any(), sorted({NAMES[k] for k in np.nonzero(outside)[1]})
     # not a constant among those that these lives can move (here two blueprints, no regression of the tracker's latch)
     still = {NAMES[k] for k in np.flatnonzero(found.std(0) == 0)}
-    moving = {"val_loss", "val_accuracy", "r0c0.alpha", "r0c1.contribution", "r0c0.gradient_ratio", "r0c0.interaction"}
+    moving = {"val_loss", "val_score", "r0c0.alpha", "r0c1.contribution", "r0c0.gradient_ratio", "r0c0.interaction"}
     assert not still & moving and len(still) < len(NAMES) / 3
 
 
@@ -172,6 +172,6 @@ def test_the_environment_shows_what_happened():
     for step in steps[1:]:
         found = dict(zip(NAMES, np.asarray(step.obs.features).tolist(), strict=True))
         assert found[f"last_op[{int(step.action.op)}]"] == 1 and found["last_success"] == step.info.success
-        np.testing.assert_allclose(found["val_accuracy"] * 100, step.info.val_accuracy, rtol=1e-5)
+        np.testing.assert_allclose(found["val_score"] * 100, step.info.val_accuracy, rtol=1e-5)
         np.testing.assert_allclose(found["epoch"], step.state.epoch / tiny.CONFIG.training.epochs, rtol=1e-6)
         np.testing.assert_allclose(found["r0c0.alpha"], step.info.alpha[0], rtol=1e-6)

@@ -18,9 +18,9 @@ SHAPED = jax.jit(lambda x, w=WEIGHTS: R.reward(x, w, "shaped", "harmonic"))
 LIVE = (Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 FIELDS = dict(
     requested_op=Op.WAIT, slot=0, succeeded=True, has_seed=False, stage=Stage.DORMANT, epochs_in_stage=0, seed_age=0,
-    contribution=np.nan, contribution_valid=False, germination_accuracy=np.nan, germination_accuracy_valid=False,
+    contribution=np.nan, contribution_valid=False, germination_score=np.nan, germination_score_valid=False,
     stage_improvement=np.nan, stage_improvement_valid=False, interaction_sum=np.nan, interaction_valid=False,
-    total_improvement=np.nan, total_improvement_valid=False, val_accuracy=50.0, committed_accuracy=50.0,
+    total_improvement=np.nan, total_improvement_valid=False, val_score=50.0, committed_score=50.0, best_score=100.0,
     contributing_fossils=0, terminal=False, host_params=100_000.0, slot_stage=[Stage.DORMANT],
     slot_epochs_in_stage=[0], slot_alpha=[0.0], slot_params=[0.0], previous_potential=0.0, previous_alpha=[0.0],
     previous_params=[0.0],
@@ -61,8 +61,8 @@ def test_helpful_seed_in_blending():
     # Y = 0.1 tanh(0.4) = 0.0379949.  P_e = 390 + 0.6*5000 + 390 = 3780: rent = 0.5 ln(1.0378) = 0.0185515
     # D = 0.04*5000/100000 = 0.002: shock = 0.0003916.  Two slots occupied: 0.01, one fossil: 0.002
     x = make(
-        has_seed=True, stage=Stage.BLENDING, epochs_in_stage=3, seed_age=8, contribution=3.0, val_accuracy=72.0,
-        germination_accuracy=70.0, total_improvement=3.0, interaction_sum=0.8,
+        has_seed=True, stage=Stage.BLENDING, epochs_in_stage=3, seed_age=8, contribution=3.0, val_score=72.0,
+        germination_score=70.0, total_improvement=3.0, interaction_sum=0.8,
         slot_stage=[Stage.BLENDING, Stage.FOSSILIZED], slot_epochs_in_stage=[3, 9], slot_alpha=[0.6, 1.0],
         slot_params=[5000.0, 0.0], previous_alpha=[0.4, 1.0], previous_params=[5000.0, 0.0],
         previous_potential=3.5 + 0.6 + 6.0,
@@ -79,8 +79,8 @@ def test_ransomware_seed_fossilised():
     # E2: c = 4, J = -2: B = 0, f = -0.5 - 0.4 - 0.3 = -1.2, cost 0.01. HOLDING for 3 epochs becomes FOSSILIZED:
     # F = 0.3(0.995*6 - 6.4) = -0.129.  rent = 0.5 ln(1 + (390 + 8000)/100000) = 0.040283; one fossil
     x = held(
-        requested_op=Op.FOSSILIZE, contribution=4.0, total_improvement=-2.0, val_accuracy=68.0,
-        germination_accuracy=70.0, epochs_in_stage=3, slot_stage=[Stage.FOSSILIZED], slot_epochs_in_stage=[1],
+        requested_op=Op.FOSSILIZE, contribution=4.0, total_improvement=-2.0, val_score=68.0,
+        germination_score=70.0, epochs_in_stage=3, slot_stage=[Stage.FOSSILIZED], slot_epochs_in_stage=[1],
         slot_params=[8000.0], previous_params=[8000.0],
     )  # fmt: skip
     got = SHAPED(x)
@@ -93,8 +93,8 @@ def test_good_seed_fossilised_at_the_end():
     # E3: c = 2 < p = 6: B = 2. n = 4: f = 0.7*0.8 = 0.56, bonus 3 tanh(1/3)*0.8 = 0.771631, cost 0.01
     # terminal: F = 0.3(0 - 6.4) = -1.92, accuracy 0.05*80 = 4; rent 0.5 ln(1.0839); one fossil
     x = held(
-        requested_op=Op.FOSSILIZE, contribution=2.0, total_improvement=2.0, val_accuracy=80.0, terminal=True,
-        germination_accuracy=74.0, slot_stage=[Stage.FOSSILIZED], slot_epochs_in_stage=[1], slot_params=[8000.0],
+        requested_op=Op.FOSSILIZE, contribution=2.0, total_improvement=2.0, val_score=80.0, terminal=True,
+        germination_score=74.0, slot_stage=[Stage.FOSSILIZED], slot_epochs_in_stage=[1], slot_params=[8000.0],
         previous_params=[8000.0],
     )  # fmt: skip
     got = SHAPED(x)
@@ -108,7 +108,7 @@ def test_prune_of_a_good_but_suspicious_seed():
     # g = max(-0.3 - 0.3, -0.9) = -0.6, cost 0.005; the slot is empty afterwards: no rent, F = 0.3(0 - 6.1) = -1.83
     # alpha 0.5 -> 0 of 4000 parameters: shock 0.1958*0.25*0.04 = 0.001958
     x = held(
-        requested_op=Op.PRUNE, contribution=6.0, total_improvement=0.8, val_accuracy=71.0, germination_accuracy=70.2,
+        requested_op=Op.PRUNE, contribution=6.0, total_improvement=0.8, val_score=71.0, germination_score=70.2,
         epochs_in_stage=2, slot_stage=[Stage.PRUNED], slot_epochs_in_stage=[1], slot_alpha=[0.0], slot_params=[0.0],
         previous_alpha=[0.5], previous_potential=5.5 + 0.6,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_germination():
 
 def test_waiting_in_holding():
     # E6: the reference's number exactly: B = 3 (c < p), F = 0.07995, rent = 0.5 ln(1.0439) = 0.021482, warning -0.20
-    x = held(contribution=3.0, val_accuracy=75.0, germination_accuracy=71.0, total_improvement=3.0)
+    x = held(contribution=3.0, val_score=75.0, germination_score=71.0, total_improvement=3.0)
     assert SHAPED(x).holding_warning == pytest.approx(-0.2)
     assert SHAPED(x).total() == pytest.approx(2.858468, abs=1e-5)
 
@@ -135,7 +135,7 @@ def test_harmful_seed_in_blending():
     # E7: c = -0.7 is a full penalty, J = -0.4 < 0 in the second epoch: warning -0.1 - 0.1
     x = make(
         has_seed=True, stage=Stage.BLENDING, epochs_in_stage=2, contribution=-0.7, total_improvement=-0.4,
-        val_accuracy=64.0, germination_accuracy=64.4,
+        val_score=64.0, germination_score=64.4,
     )  # fmt: skip
     assert SHAPED(x).attribution == pytest.approx(-0.7)
     assert SHAPED(x).blending_warning == pytest.approx(-0.2)
@@ -153,7 +153,7 @@ def test_proxy_before_the_first_measurement():
 def test_sparse():
     # E11: 2.5 (0.82 - 0.1*600000/500000) = 1.75; here the scale is 1 and seeds that are not fossils cost nothing
     x = make(
-        terminal=True, val_accuracy=90.0, committed_accuracy=82.0, slot_stage=[Stage.FOSSILIZED, Stage.HOLDING],
+        terminal=True, val_score=90.0, committed_score=82.0, slot_stage=[Stage.FOSSILIZED, Stage.HOLDING],
         slot_epochs_in_stage=[1, 1], slot_alpha=[1.0, 1.0], slot_params=[600_000.0, 1e6], previous_alpha=[1.0, 1.0],
         previous_params=[600_000.0, 1e6],
     )  # fmt: skip
@@ -166,7 +166,7 @@ def test_sparse():
 
 def test_simplified():
     # E11 with the environment's potential: F = 0.3(0 - 6.4) = -1.92, -0.01, 3*0.8 + 2*1
-    x = held(requested_op=Op.FOSSILIZE, val_accuracy=80.0, contributing_fossils=1, terminal=True)
+    x = held(requested_op=Op.FOSSILIZE, val_score=80.0, contributing_fossils=1, terminal=True)
     got = R.reward(x, WEIGHTS, "simplified", "harmonic")
     assert got.total() == pytest.approx(-1.92 - 0.01 + 2.4 + 2.0, abs=1e-5)
 
@@ -288,7 +288,7 @@ def test_contributing_fossils():
 
 
 def test_refused_op_is_wait_but_for_its_cost():
-    x = held(contribution=3.0, val_accuracy=75.0, germination_accuracy=71.0, total_improvement=3.0)
+    x = held(contribution=3.0, val_score=75.0, germination_score=71.0, total_improvement=3.0)
     costs = {Op.GERMINATE: 0.02, Op.SET_ALPHA_TARGET: 0.005, Op.PRUNE: 0.005, Op.FOSSILIZE: 0.01, Op.ADVANCE: 0.0}
     for op, cost in costs.items():
         refused = SHAPED(x.replace(requested_op=jnp.int32(op), succeeded=jnp.bool_(False)))
@@ -357,7 +357,7 @@ def any_inputs(draw):
     changes = dict(
         requested_op=draw(st.sampled_from(list(Op))), succeeded=draw(flag), has_seed=draw(flag),
         stage=draw(st.sampled_from(LIVE)), epochs_in_stage=draw(st.integers(0, 40)), seed_age=draw(st.integers(0, 40)),
-        val_accuracy=draw(st.floats(0, 100, width=32)), committed_accuracy=draw(st.floats(0, 100, width=32)),
+        val_score=draw(st.floats(0, 100, width=32)), committed_score=draw(st.floats(0, 100, width=32)),
         contributing_fossils=draw(st.integers(0, 4)), terminal=draw(flag),
         host_params=draw(st.floats(1, 1e6, width=32)), slot_stage=pick(stages),
         slot_epochs_in_stage=pick(st.integers(0, 40)), slot_alpha=pick(alphas), slot_params=pick(sizes),
@@ -369,7 +369,7 @@ def any_inputs(draw):
         valid = f"{name.removesuffix('_sum')}_valid"
         changes |= {name: value, valid: not np.isnan(value)}
     value = maybe()
-    changes |= {"germination_accuracy": value, "germination_accuracy_valid": not np.isnan(value)}
+    changes |= {"germination_score": value, "germination_score_valid": not np.isnan(value)}
     return make(**changes)
 
 
@@ -399,8 +399,8 @@ def test_any_transition(x):
     assert got.synergy >= 0 and PENALTY(x) <= 0
     if x.on_fossil or not x.has_seed:
         assert got.attribution == 0
-    progress = x.val_accuracy - x.germination_accuracy
-    if x.measured and x.germination_accuracy_valid and x.op != Op.PRUNE:
+    progress = x.val_score - x.germination_score
+    if x.measured and x.germination_score_valid and x.op != Op.PRUNE:
         if progress <= 0:
             assert got.attribution <= 0
         else:
@@ -425,9 +425,9 @@ def test_prune_turns_the_sign_of_the_credit(x):
 @settings(deadline=None, max_examples=40)
 @given(st.floats(0, 100), st.floats(0, 2e6), st.floats(0, 10), st.floats(0, 1e5))
 def test_sparse_is_monotone(accuracy, params, better, more):
-    base = R.sparse_terminal(accuracy, params, WEIGHTS)
-    assert R.sparse_terminal(accuracy + better, params, WEIGHTS) >= base
-    assert R.sparse_terminal(accuracy, params + more, WEIGHTS) <= base
+    base = R.sparse_terminal(accuracy, 100.0, params, WEIGHTS)
+    assert R.sparse_terminal(accuracy + better, 100.0, params, WEIGHTS) >= base
+    assert R.sparse_terminal(accuracy, 100.0, params + more, WEIGHTS) <= base
 
 
 def test_minimum_never_pays_more_than_harmonic():

@@ -31,9 +31,9 @@ def given_values(epoch, loss, accuracy, slots=2):
     return dict(
         epoch=jnp.asarray(epoch, jnp.int32),
         train_loss=jnp.asarray(loss, jnp.float32) + 1,
-        train_accuracy=jnp.asarray(accuracy, jnp.float32) + 2,
+        train_score=jnp.asarray(accuracy, jnp.float32) + 2,
         val_loss=jnp.asarray(loss, jnp.float32),
-        val_accuracy=jnp.asarray(accuracy, jnp.float32),
+        val_score=jnp.asarray(accuracy, jnp.float32),
         available_slots=jnp.asarray(slots, jnp.int32),
     )
 
@@ -58,14 +58,14 @@ def test_worked_example():
     last, (signals, state) = run(LOSSES, ACCURACIES)
     loss_delta = [np.inf, 0.3, 0.05, 0.04, 0.01, -0.09, 0.02, 0.01, 0.005, 0.005]
     np.testing.assert_allclose(signals.loss_delta, loss_delta, atol=1e-6)
-    np.testing.assert_allclose(signals.accuracy_delta, [12, 13, 5, 1, 0.2, -0.1, 0.6, 0.2, 0.1, 0.1], atol=1e-5)
+    np.testing.assert_allclose(signals.score_delta, [12, 13, 5, 1, 0.2, -0.1, 0.6, 0.2, 0.1, 0.1], atol=1e-5)
     assert signals.plateau_epochs.tolist() == [0, 0, 0, 0, 1, 2, 0, 1, 2, 3]
     assert state.stable_epochs.tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
     assert signals.host_stabilized.tolist() == [False] * 4 + [True] * 6
-    np.testing.assert_allclose(signals.best_val_accuracy, np.maximum.accumulate(np.float32(ACCURACIES)))
+    np.testing.assert_allclose(signals.best_val_score, np.maximum.accumulate(np.float32(ACCURACIES)))
     np.testing.assert_allclose(signals.best_val_loss, np.minimum.accumulate(np.float32(LOSSES)))
     np.testing.assert_allclose(signals.train_loss, np.float32(LOSSES) + 1)
-    np.testing.assert_allclose(signals.train_accuracy, np.float32(ACCURACIES) + 2)
+    np.testing.assert_allclose(signals.train_score, np.float32(ACCURACIES) + 2)
     assert signals.epoch.tolist() == list(range(1, 11)) and (signals.available_slots == 2).all()
     chex.assert_trees_all_equal(last.latest, jax.tree.map(lambda a: a[-1], signals))
 
@@ -120,7 +120,7 @@ def test_histories_are_oldest_first_and_right_aligned():
     assert signals.history_valid[2].tolist() == [False] * 2 + [True] * 3
     np.testing.assert_allclose(signals.loss_history[2, 2:], np.float32(LOSSES[:3]))
     np.testing.assert_allclose(signals.loss_history[-1], np.float32(LOSSES[-5:]))
-    np.testing.assert_allclose(signals.accuracy_history[-1], np.float32(ACCURACIES[-5:]))
+    np.testing.assert_allclose(signals.score_history[-1], np.float32(ACCURACIES[-5:]))
     assert (signals.loss_history[0, :4] == 0).all()
 
 
@@ -134,14 +134,14 @@ def test_peek_changes_nothing():
     state, (signals, _) = run(LOSSES, ACCURACIES)
     now = jax.tree.map(lambda a: a[-1], signals)
     same = peek(state, **given_values(10, LOSSES[-1], ACCURACIES[-1]))
-    chex.assert_trees_all_equal(same, now.replace(loss_delta=jnp.float32(0), accuracy_delta=jnp.float32(0)))
+    chex.assert_trees_all_equal(same, now.replace(loss_delta=jnp.float32(0), score_delta=jnp.float32(0)))
     other = peek(state, **given_values(11, 1.5, 40.0, slots=1))
     np.testing.assert_allclose(other.loss_delta, 1.95 - 1.5, rtol=1e-5)
-    assert (other.best_val_loss, other.best_val_accuracy, other.plateau_epochs) == (1.5, 40, 3)
+    assert (other.best_val_loss, other.best_val_score, other.plateau_epochs) == (1.5, 40, 3)
     assert other.epoch == 11 and other.available_slots == 1
     chex.assert_trees_all_equal(other.loss_history, now.loss_history)  # the value peeked at is not in it
     empty = peek(T.init(CFG), **given_values(1, 2.3, 12))
-    assert np.isinf(empty.loss_delta) and empty.accuracy_delta == 12 and not empty.history_valid.any()
+    assert np.isinf(empty.loss_delta) and empty.score_delta == 12 and not empty.history_valid.any()
     assert empty.best_val_loss == np.float32(2.3)
 
 
@@ -170,7 +170,7 @@ def test_a_non_finite_training_loss_alone_is_passed_over():
     values = given_values(2, 2.0, 20.0) | dict(train_loss=jnp.float32(np.inf))
     state, _ = update(T.init(CFG), **given_values(1, 3.0, 10.0))
     state, seen = update(state, **values)
-    assert seen.train_loss == 4 and seen.train_accuracy == 22 and seen.val_loss == 2 and state.count == 2
+    assert seen.train_loss == 4 and seen.train_score == 22 and seen.val_loss == 2 and state.count == 2
 
 
 @settings(deadline=None, max_examples=20)
@@ -182,7 +182,7 @@ def test_invariants(losses, accuracies):
     _, (signals, state) = run(losses, accuracies)
     latch = np.asarray(signals.host_stabilized)
     assert (latch[1:] >= latch[:-1]).all() and not latch[: CFG.stabilization_epochs].any()
-    assert (np.diff(signals.best_val_accuracy) >= 0).all()
+    assert (np.diff(signals.best_val_score) >= 0).all()
     assert (signals.plateau_epochs <= signals.epoch).all() and (signals.history_valid.sum(1) <= state.count).all()
     chex.assert_tree_all_finite(signals.replace(loss_delta=jnp.zeros(12)))
 
@@ -202,7 +202,7 @@ def slots_with(stage, alpha, contribution):
     metrics = slots.metrics.replace(
         contribution=jnp.asarray(np.nan_to_num(contribution), jnp.float32),
         contribution_valid=jnp.asarray(~np.isnan(contribution)),
-        current_accuracy=jnp.arange(len(stage)) + 1.0,
+        current_score=jnp.arange(len(stage)) + 1.0,
     )
     slots = slots.replace(stage=jnp.array([int(s) for s in stage], jnp.int32), metrics=metrics)
     epochs = jnp.arange(len(stage), dtype=jnp.int32) + 10

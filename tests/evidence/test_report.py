@@ -17,6 +17,7 @@ from scipy import stats
 from esper_jax.evidence import figures, report, tables
 from esper_jax.evidence.statistics import crossed_interval, mean_interval, signed, verdict
 from esper_jax.evidence.tables import text_table
+from esper_jax.metric import ACCURACY, bits_per_character
 from esper_jax.run.console import Console, round_note
 from esper_jax.types import BLUEPRINTS, Stage
 
@@ -24,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ARMS = ("never", "random", "eager", "policy")
 
 
-def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2):
+def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2, metric=ACCURACY):
     """Arrays of a run that was never made: `eager` gains 3 points, `policy` 1, `random` nothing.
 
     `eager` and the first policy keep a seed, at 2.5 and 1.5 times the host's parameters; the other policies prune it.
@@ -58,10 +59,12 @@ def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2):
         "arms/names": np.array(names), "arms/policy_seed": np.array([0, 0, 0, *range(policies)]),
         "arms/blueprints": np.array(BLUEPRINTS),
         "arms/val_accuracy": accuracy,
-        "arms/test_committed": committed, "arms/test_committed_loss": 2 - committed / 50,
+        "arms/test_committed_accuracy": committed, "arms/test_committed_loss": 2 - committed / 50,
+        "arms/val_loss": 2 - accuracy / 50, "arms/test_loss": 1 - committed / 50,
         "arms/test_accuracy": committed + 50,  # of what was not kept, and counts for nothing
         "arms/stage": stage, "arms/alpha": alpha, "arms/blueprint": blueprint, "arms/panic": panic,
         "arms/committed_size": committed_size, **{f"arms/{name}": count for name, count in counts.items()},
+        **{f"metric/{name}": np.array(np.nan if of is None else of) for name, of in metric._asdict().items()},
         "rounds/reward": reward, "rounds/stage": np.stack([stage[-policies:]] * rounds),
         "learner/entropy": np.linspace(0.9, 0.7, rounds)[:, None] + np.zeros(policies),
     }  # fmt: skip
@@ -134,7 +137,21 @@ def test_verdict_claims_what_the_intervals_show():
     assert "nothing may be claimed about random against never" in claim
     assert re.search(r"; policy is better than random", claim) and re.search(r"; policy is worse than eager", claim)
     assert "by report-test accuracy of what was kept of 6 environments per arm" in claim and "CIFAR-10" not in claim
-    assert "nothing may be claimed about CIFAR-10" in tables.sentence(arrays, "shapes")
+    assert "nothing may be claimed about CIFAR-10" in tables.sentence(arrays, "shapes", meant="CIFAR-10")
+
+
+def test_verdict_of_a_metric_of_which_less_is_better():
+    """3 points are 0.06 nats here, and 0.087 bits a character."""
+    arrays = run_arrays(metric=bits_per_character(64))
+    claim = tables.sentence(arrays, "topics")
+    assert re.search(r"better than never: eager \(-0\.08\d \[-0\.0.*\]\), policy \(-0\.0", claim)
+    assert re.search(r"; policy is better than random", claim) and re.search(r"; policy is worse than eager", claim)
+    assert "by report-test bits per character of what was kept" in claim
+    columns, (never, _, eager, _) = tables.columns(arrays), tables.table(arrays)
+    assert columns[1:4] == ("test bits", "minus never", "final bits")
+    bits = arrays["arms/test_committed_loss"][0].mean() / np.log(2)
+    assert never[1] == f"{bits:.3f}" and re.fullmatch(r"-0\.08\d ± 0\.0\d\d\*", eager[2])
+    assert any("bits per character, lower is better" in note for note in tables.notes(arrays))
 
 
 def test_verdict_on_training_needs_several_policies():
@@ -150,7 +167,7 @@ def verdict_of(gain, sizes, noise=0.1):
     never, sample = rng.normal(30, 2, (1, 8)), lambda policies: rng.normal(0, noise, (policies, 8))
     accuracy = {"never": never, "eager": never + 5 + sample(1), "policy": never + 5 + gain + sample(2)}
     size = dict(zip(("never", "eager", "policy"), ([[1.0]], *([[n]] for n in sizes)), strict=True))
-    options = {"learned": ("policy", "policy_greedy"), "baseline": "never", "data": "cifar10", "metric": "accuracy"}
+    options = {"learned": ("policy", "policy_greedy"), "baseline": "never", "data": "cifar10", "metric": ACCURACY}
     return verdict(accuracy, {arm: np.array(n) for arm, n in size.items()}, **options)
 
 
@@ -176,13 +193,14 @@ def test_verdict_on_a_policy_against_a_rule(gain, sizes, noise, said):
 def test_verdict_without_enough_environments_claims_nothing():
     accuracy = {"never": np.array([[1.0]]), "eager": np.array([[5.0]]), "policy": np.array([[9.0]])}
     size = dict.fromkeys(accuracy, np.array([[1.0]])) | {"eager": np.array([[9.0]])}
-    claim = verdict(accuracy, size, learned=("policy",), baseline="never", data="cifar10", metric="accuracy")
+    claim = verdict(accuracy, size, learned=("policy",), baseline="never", data="cifar10", metric=ACCURACY)
     assert not re.search("better|worse", claim) and "nothing may be claimed about eager, policy against never" in claim
     assert "nothing may be claimed about policy against eager" in claim
 
 
 def test_table():
-    rows = {row[0]: dict(zip(tables.COLUMNS, row, strict=True)) for row in tables.table(run_arrays())}
+    columns = tables.columns(run_arrays())
+    rows = {row[0]: dict(zip(columns, row, strict=True)) for row in tables.table(run_arrays())}
     assert list(rows) == list(ARMS)
     assert rows["never"]["minus never"] == "-" and rows["never"]["params"] == "x1.00"
     assert rows["eager"]["minus never"].endswith("*") and rows["eager"]["params"] == "x2.50"
@@ -192,12 +210,14 @@ def test_table():
     arrays = run_arrays()
     for arm, row in rows.items():
         here = arrays["arms/names"] == arm
-        assert row["test %"] == f"{arrays['arms/test_committed'][here].mean():.2f}"  # what was kept comes first
+        assert (
+            row["test %"] == f"{arrays['arms/test_committed_accuracy'][here].mean():.2f}"
+        )  # what was kept comes first
         assert row["final %"] == f"{arrays['arms/test_accuracy'][here].mean():.2f}"
-    assert tables.COLUMNS.index("test %") < tables.COLUMNS.index("final %")
+    assert columns.index("test %") < columns.index("final %")
     # 3 points are 0.06 nats here
     assert rows["eager"]["minus never"].startswith("+3.") and rows["eager"]["loss - never"].startswith("-0.06 ±")
-    text = text_table(tables.COLUMNS, tables.table(run_arrays())).splitlines()
+    text = text_table(columns, tables.table(run_arrays())).splitlines()
     assert max(map(len, text)) <= 79
     assert len(text) == 5 and text[0].startswith("arm") and len({line.rindex(" ") for line in text[1:]}) == 1
 
@@ -256,13 +276,15 @@ def test_pictures_of_a_real_run(tmp_path):
 def test_page_is_self_contained_and_escaped(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG + b"picture")
     card = {"data": {"name": "shapes"}, "command": "--out '<b>&'"}
-    rows = tables.table(run_arrays())
-    page = report.page("a <title>", rows, "x < y.", {tmp_path / "a.png": "a & b"}, card)
+    arrays = run_arrays()
+    columns, rows, notes = tables.columns(arrays), tables.table(arrays), tables.notes(arrays)
+    pictures = {tmp_path / "a.png": "a & b"}
+    page = report.page("a <title>", columns, rows, notes, "x < y.", pictures, card, "CIFAR-10")
     assert base64.b64encode(PNG + b"picture").decode() in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page and "<script" not in page
     for text in ("a &lt;title&gt;", "x &lt; y.", "a &amp; b", "&lt;b&gt;&amp;", "shapes, not CIFAR-10", *rows[2][:2]):
         assert text in page
-    assert "not CIFAR-10" not in report.page("t", rows, "c", {}, {"data": {"name": "cifar10"}})
+    assert "not CIFAR-10" not in report.page("t", columns, rows, notes, "c", {}, card)
 
 
 def test_piped_output_is_plain_lines():

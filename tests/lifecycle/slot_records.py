@@ -17,7 +17,7 @@ tick = jax.jit(stages.tick, static_argnums=1)
 gate = jax.jit(stages.gate, static_argnums=1)
 execute = jax.jit(operations.execute, static_argnums=3)
 legal = jax.jit(masks.legal, static_argnums=1)
-record_accuracy = jax.jit(stages.record_accuracy)
+record_score = jax.jit(stages.record_score)
 record_contribution = jax.jit(stages.record_contribution)
 
 
@@ -45,7 +45,7 @@ def epoch(slots, action, accuracy=50.0, contribution=0.0, cfg=PERMISSIVE):
     slots = stages.tick(slots, cfg)
     measured = stages.is_active(slots.stage) & (slots.alpha.alpha > 0)
     slots = stages.record_contribution(slots, jnp.full(slots.stage.shape, contribution), measured)
-    return stages.record_accuracy(slots, accuracy), outcome
+    return stages.record_score(slots, accuracy), outcome
 
 
 def act(op, slot=0, **heads) -> Action:

@@ -150,7 +150,7 @@ def test_germination_starts_from_a_clean_record():
     assert slots.stage.tolist() == [S.DORMANT, S.GERMINATED] and slots.previous_stage[1] == S.DORMANT
     assert slots.blueprint[1] == 5 and slots.algorithm[1] == AlphaAlgorithm.GATE and slots.ramp_epochs[1] == 8
     assert slots.ramp_curve[1] == AlphaCurve.LINEAR and slots.ramp_target[1] == 0.5
-    assert slots.metrics.germination_accuracy.tolist() == [0, 61.5]
+    assert slots.metrics.germination_score.tolist() == [0, 61.5]
     assert R.equal(slots.alpha, fresh.alpha) and not slots.has_gate.any()
 
 

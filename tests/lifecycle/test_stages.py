@@ -67,14 +67,14 @@ def check_gate(source, level, rows):
 
 
 def test_gate_to_training():
-    check_gate(S.GERMINATED, 1, [({}, True, True, 1.0), ({"metrics": {"current_accuracy": -3.0}}, True, True, 1.0)])
+    check_gate(S.GERMINATED, 1, [({}, True, True, 1.0), ({"metrics": {"current_score": -3.0}}, True, True, 1.0)])
 
 
 def test_gate_to_blending():
     """Strict: 0.5 points gained in the stage, 3 epochs, a ratio of 0.10, all measured; permissive: 1 epoch."""
 
     def row(gained=0.5, epochs=3, ratio=0.10, measured=True):
-        gains = {"current_accuracy": 40 + gained, "stage_start_accuracy": 40.0}
+        gains = {"current_score": 40 + gained, "stage_start_score": 40.0}
         return {"epochs_in_stage": epochs, "metrics": gains | {"gradient_ratio": ratio, "gradient_valid": measured}}
 
     check_gate(S.TRAINING, 2, [
@@ -208,33 +208,33 @@ def test_prune_now_leaves_fossils_and_slots_without_a_seed():
 # What is recorded.
 
 
-def test_record_accuracy():
+def test_record_score():
     """An empty slot, a seed just germinated, and one that is two epochs old."""
     slots = R.make([S.DORMANT, S.GERMINATED, S.TRAINING], epochs_total=[0, 0, 2], epochs_in_stage=[0, 0, 1],
-                   metrics={"initial_accuracy": [0, 0, 30.0], "best_accuracy": [0, 0, 50.0],
-                            "stage_start_accuracy": [0, 0, 31.0], "current_accuracy": [0, 0, 31.0]})  # fmt: skip
-    after = R.record_accuracy(slots, 40.0)
+                   metrics={"initial_score": [0, 0, 30.0], "best_score": [0, 0, 50.0],
+                            "stage_start_score": [0, 0, 31.0], "current_score": [0, 0, 31.0]})  # fmt: skip
+    after = R.record_score(slots, 40.0)
     m = after.metrics
     assert after.epochs_total.tolist() == [0, 1, 3] and after.epochs_in_stage.tolist() == [0, 1, 2]
-    assert m.initial_accuracy.tolist() == [0, 40, 30] and m.stage_start_accuracy.tolist() == [0, 40, 31]
-    assert m.current_accuracy.tolist() == [0, 40, 40] and m.best_accuracy.tolist() == [0, 40, 50]
+    assert m.initial_score.tolist() == [0, 40, 30] and m.stage_start_score.tolist() == [0, 40, 31]
+    assert m.current_score.tolist() == [0, 40, 40] and m.best_score.tolist() == [0, 40, 50]
     assert stages.improvement_in_stage(after).tolist() == [0, 0, 9]
     assert stages.total_improvement(after).tolist() == [0, 0, 10]
-    again = R.record_accuracy(after, 38.0).metrics
-    assert again.initial_accuracy.tolist() == [0, 40, 30] and again.best_accuracy.tolist() == [0, 40, 50]
+    again = R.record_score(after, 38.0).metrics
+    assert again.initial_score.tolist() == [0, 40, 30] and again.best_score.tolist() == [0, 40, 50]
     # cooldown has no seed to record
     cooling = R.make(list(stages.COOLDOWN))
-    assert R.equal(R.record_accuracy(cooling, 40.0), cooling)
+    assert R.equal(R.record_score(cooling, 40.0), cooling)
 
 
 def test_entering_a_stage():
     slots = R.make([S.TRAINING] * 2, epochs_in_stage=[4, 5], previous_stage=S.GERMINATED, previous_epochs_in_stage=1,
-                   metrics={"current_accuracy": 44.0, "stage_start_accuracy": 40.0})  # fmt: skip
+                   metrics={"current_score": 44.0, "stage_start_score": 40.0})  # fmt: skip
     after = stages.enter(slots, jnp.array([True, False]), S.BLENDING)
     assert after.stage.tolist() == [S.BLENDING, S.TRAINING]
     assert after.previous_stage.tolist() == [S.TRAINING, S.GERMINATED]
     assert after.previous_epochs_in_stage.tolist() == [4, 1] and after.epochs_in_stage.tolist() == [0, 5]
-    assert after.metrics.stage_start_accuracy.tolist() == [44, 40]
+    assert after.metrics.stage_start_score.tolist() == [44, 40]
 
 
 def test_contribution_velocity():

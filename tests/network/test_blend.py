@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from esper_jax.lifecycle import stages
-from esper_jax.network import blend, blueprints, seed_bank
+from esper_jax.network import blend, blueprints, layers, seed_bank
 from esper_jax.types import BLUEPRINTS, AlphaAlgorithm, Stage
 
-WIDTH, NAME, NAMES = 8, "conv_light", ("conv_light",)
+WIDTH, NAME = 8, "conv_light"
 SHAPE = (2, WIDTH, 5, 3, 4)  # two tiles of four images
 CONV_LIGHT = blueprints.CNN[NAME]
+KINDS = seed_bank.table((NAME,), blueprints.CNN)
 
 
 def normal(seed, *shape):
@@ -22,10 +23,10 @@ def normal(seed, *shape):
 
 H, G = normal(0, *SHAPE), normal(1, *SHAPE)
 SEED = blend.SeedVars(
-    0.3 * normal(2, seed_bank.packed_size(seed_bank.table(NAMES), WIDTH)),
+    0.3 * normal(2, seed_bank.packed_size(KINDS, WIDTH)),
     normal(3, blend.gate_size(WIDTH)),
     WIDTH,
-    NAMES,
+    KINDS,
 )
 
 
@@ -52,7 +53,7 @@ def pieces():
             return jax.vmap(lambda tile: CONV_LIGHT.after_stem(unpacked, tile, CONV_LIGHT.stem_of(unpacked, tile)))(h)
 
         def gate(gate, h):
-            return jax.vmap(lambda tile: blend.gate_value(gate, tile))(h)
+            return jax.vmap(lambda tile: blend.gate_value(gate, tile, layers.IMAGES))(h)
 
         s, pull_seed = jax.vjp(seed, SEED.params, h)
         e, pull_gate = jax.vjp(gate, SEED.gate, h)
@@ -113,7 +114,7 @@ def test_add_at_alpha_one_is_exactly_the_seed():
     """And, isolated, nothing upstream gets any gradient."""
     s, *_ = pieces()(H, G, jnp.zeros((2, 4)))
     h = s + 3  # any host: only the seed's output of x = H may remain
-    blended = blend.blend(jnp.int32(blend.ADD), h[0], s[0], H[0], jnp.float32(1), SEED.gate)
+    blended = blend.blend(jnp.int32(blend.ADD), h[0], s[0], H[0], jnp.float32(1), SEED.gate, layers.IMAGES)
     np.testing.assert_array_equal(blended, s[0])
     np.testing.assert_array_equal(compiled()(control(blend.ADD, 1, True), SEED, H, G)[2], 0)
 
@@ -172,23 +173,23 @@ def _record(stage, algorithm=AlphaAlgorithm.ADD, alpha=0.0, isolate=False, bluep
 
 @pytest.mark.parametrize("stage", [stage for stage in Stage if stage != Stage.UNKNOWN])
 def test_which_stages_act(stage):
-    acts = blend.controls(_record(stage, alpha=0.5), NAMES).kind[0] == 1
+    acts = blend.controls(_record(stage, alpha=0.5), KINDS).kind[0] == 1
     assert acts == (stage in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED))
 
 
 def test_controls_of_training_and_blending():
     one = lambda *args, **kwargs: jax.tree.map(lambda leaf: leaf[0].item(), blend.controls(*args, **kwargs))
-    training = one(_record(Stage.TRAINING, AlphaAlgorithm.GATE), NAMES)
+    training = one(_record(Stage.TRAINING, AlphaAlgorithm.GATE), KINDS)
     assert (training.mode, training.alpha, training.isolate) == (blend.STRAIGHT_THROUGH, 0, True)
     # an override blends, also in TRAINING and also at 0
-    forced = one(_record(Stage.TRAINING, AlphaAlgorithm.GATE), NAMES, jnp.zeros(1))
+    forced = one(_record(Stage.TRAINING, AlphaAlgorithm.GATE), KINDS, jnp.zeros(1))
     assert (forced.mode, forced.alpha, forced.isolate) == (blend.GATE, 0, False)
-    kept = one(_record(Stage.BLENDING, AlphaAlgorithm.MULTIPLY, 0.25), NAMES, jnp.array([jnp.nan]))
+    kept = one(_record(Stage.BLENDING, AlphaAlgorithm.MULTIPLY, 0.25), KINDS, jnp.array([jnp.nan]))
     assert (kept.mode, kept.alpha, kept.isolate) == (blend.MULTIPLY, 0.25, False)
-    isolated = one(_record(Stage.HOLDING, AlphaAlgorithm.ADD, 1.0, isolate=True), NAMES)
+    isolated = one(_record(Stage.HOLDING, AlphaAlgorithm.ADD, 1.0, isolate=True), KINDS)
     assert (isolated.mode, isolated.alpha, isolated.isolate) == (blend.ADD, 1, True)
     # a seed of a kind that this run never offers does nothing
-    assert one(_record(Stage.BLENDING, alpha=0.5, blueprint="norm"), NAMES).kind == 0
+    assert one(_record(Stage.BLENDING, alpha=0.5, blueprint="norm"), KINDS).kind == 0
 
 
 # --- gate ------------------------------------------------------------------------------------------------------------
@@ -208,4 +209,4 @@ def test_gate_value():
     """Two channels of means 1 and 3, hidden width 1: relu(2*1 - 1*3 + 2) = 1, sigmoid(1.5*1 - 1) = 0.62246."""
     gate = jnp.array([2.0, -1.0, 2.0, 1.5, -1.0])
     x = jnp.stack([jnp.ones((2, 2, 3)), jnp.full((2, 2, 3), 3.0)])
-    np.testing.assert_allclose(blend.gate_value(gate, x), np.full(3, 0.622459), rtol=1e-5)
+    np.testing.assert_allclose(blend.gate_value(gate, x, layers.IMAGES), np.full(3, 0.622459), rtol=1e-5)

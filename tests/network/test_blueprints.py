@@ -69,9 +69,9 @@ def _slot_gradient():
         return jnp.square(blend.apply_slot(control, seed, h) - target).mean()
 
     def born(key, kind):
-        kinds = seed_bank.table(MODULES)
+        kinds = seed_bank.table(MODULES, blueprints.CNN)
         gate = blend.gate_init(key, WIDTH)
-        return blend.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, MODULES)
+        return blend.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, kinds)
 
     return jax.jit(born), jax.jit(jax.grad(loss))
 
@@ -142,12 +142,12 @@ def test_any_pytree_of_parameters_will_do():
 
 
 def test_a_module_of_ones_own_in_a_slot():
-    kinds = seed_bank.table(("norm", SCALE))
-    assert SCALE.param_count(8) == 8 and int(seed_bank.kind_of(jnp.int32(13), ("norm", SCALE))) == 2
+    kinds = seed_bank.table(("norm", SCALE), blueprints.CNN)
+    assert SCALE.param_count(8) == 8 and int(seed_bank.kind_of(jnp.int32(13), kinds)) == 2
     # a slot with an ordinary module and the new one: 1.0 * x is the identity, 2.0 * x is not
     h = features(5, 8, 2, 2, 3)[None]
     vector = jnp.full(seed_bank.packed_size(kinds, 8), 2.0)
-    seed = blend.SeedVars(vector, jnp.zeros(blend.gate_size(8)), 8, ("norm", SCALE))
+    seed = blend.SeedVars(vector, jnp.zeros(blend.gate_size(8)), 8, kinds)
     control = blend.Controls(jnp.int32(2), jnp.int32(blend.ADD), jnp.float32(1), jnp.array(False))
     np.testing.assert_array_equal(blend.apply_slot(control, seed, h), 2 * h)
 
@@ -157,7 +157,7 @@ def test_a_flax_module_is_a_blueprint():
     assert MIXER.param_count(8) == 4 * 64 + 5 * 8
     key, x = jax.random.key(3), features(6, 3, 4, 4, 8)
     params = Mixer().init(key, x)
-    kinds = seed_bank.table(("norm", MIXER))
+    kinds = seed_bank.table(("norm", MIXER), blueprints.CNN)
     drawn = seed_bank.germinate(key, kinds, 8, jnp.int32(2))
     np.testing.assert_array_equal(drawn, jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)]))
 

@@ -12,7 +12,7 @@ from esper_jax import presets
 from esper_jax.config import HostConfig
 from esper_jax.env import attribution, evaluation
 from esper_jax.lifecycle import stages
-from esper_jax.network import blend, layers, seed_bank
+from esper_jax.network import blend, seed_bank
 from esper_jax.network import model as networks
 from esper_jax.types import BLUEPRINTS, Stage
 
@@ -83,7 +83,7 @@ def compiled():
     on = attribution.configurations(3)
 
     def both(model, state):
-        shared = networks.forward_all_configurations(model, state, layers.to_tiles(X)[0])
+        shared = networks.forward_all_configurations(model, state, X)
         position, count = networks.distinct_configurations(networks.live_slots(model, state))
         alpha = jnp.where(on, jnp.nan, 0.0)
         oracle = jax.vmap(lambda row: networks.forward(model, state, X, row)[0])(alpha)
@@ -138,7 +138,7 @@ def test_init():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(new.seeds))
     some = networks.init(jax.random.key(0), HostConfig(n_blocks=3, base_channels=4, slots=("r0c2", "r0c0")))
     assert [seed.width for seed in some.seeds] == [4, 16] and len(some.host.stats) == 3
-    heavy = seed_bank.packed_size(seed_bank.table(some.blueprints), 16)
+    heavy = seed_bank.packed_size(some.kinds, 16)
     assert some.seeds[1].params.shape == (heavy,) == (4672,)  # every blueprint fits: conv_heavy 18 C^2 + 4 C
 
 
@@ -174,7 +174,7 @@ def test_evaluate(images_per_tile):
     np.testing.assert_array_equal(result.per_class_valid, valid)
     assert not result.per_class_valid[9]
     # committed: only the fossil (slot 2, bit 2) stays on
-    np.testing.assert_allclose(result.committed, table[4], rtol=1e-5)
+    np.testing.assert_allclose(result.committed_score, table[4], rtol=1e-5)
     np.testing.assert_allclose(result.committed_loss, loss[4], rtol=1e-5)
     assert len(set(np.round(loss[jnp.array([0, 1, 4, 5])], 3).tolist())) == 4  # no other configuration would do
 
@@ -184,7 +184,10 @@ def test_committed_loss_is_the_loss_where_nothing_or_everything_is_kept():
     measure = evaluate(4)
     for pattern in ((OFF, TRAINING, OFF), (GATE, OFF, GATE)):
         result = measure(state_of(*pattern))
-        assert result.committed_loss == result.loss and result.committed == result.accuracy
+        assert (
+            result.committed_loss == result.loss
+            and result.committed_accuracy == result.committed_score == result.accuracy == result.score
+        )
     blended = measure(state_of(GATE, OFF, ADD))
     np.testing.assert_allclose(blended.committed_loss, measure(state_of(GATE, OFF, OFF)).loss, rtol=1e-6)
     assert abs(blended.committed_loss - blended.loss) > 1e-3
@@ -205,7 +208,7 @@ def test_evaluate_more_slots_than_a_table_holds():
     alone = [run(deep, off(row), x, labels) for row in rows]
     accuracies = np.array([each.accuracy for each in alone])
     assert len(set(accuracies.tolist())) > 3
-    np.testing.assert_allclose(np.append(result.table, result.committed), accuracies, rtol=1e-5)
+    np.testing.assert_allclose(np.append(result.table, result.committed_score), accuracies, rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, accuracies[0], rtol=1e-5)
     # the losses directly, of the network as it is and of the fossil alone
     logits = jnp.stack([forward(deep, state, x, on) for on in (np.ones(5, bool), rows[-1])])

@@ -13,7 +13,7 @@ from esper_jax.types import BLUEPRINTS
 
 WIDTH = 8
 NAMES = ("norm", "conv_light", "attention")
-KINDS = seed_bank.table(NAMES)
+KINDS = seed_bank.table(NAMES, blueprints.CNN)
 
 
 # --- packed parameters -----------------------------------------------------------------------------------------------
@@ -21,11 +21,11 @@ KINDS = seed_bank.table(NAMES)
 
 def test_table_and_kinds():
     """Number 0 is noop, also where it is named; a blueprint that a slot cannot hold counts as none."""
-    assert seed_bank.table(("norm", "noop", "conv_light")) == tuple(
+    assert seed_bank.table(("norm", "noop", "conv_light"), blueprints.CNN) == tuple(
         blueprints.CNN[name] for name in ("noop", "norm", "conv_light")
     )
     given = jnp.array([-1, *(BLUEPRINTS.index(name) for name in ("noop", "attention", "norm", "conv_light", "mlp"))])
-    np.testing.assert_array_equal(seed_bank.kind_of(given, NAMES), [0, 0, 3, 1, 2, 0])
+    np.testing.assert_array_equal(seed_bank.kind_of(given, KINDS), [0, 0, 3, 1, 2, 0])
     np.testing.assert_array_equal(seed_bank.param_counts(KINDS, WIDTH), [0, 17, 592, 40])
     assert seed_bank.packed_size(KINDS, WIDTH) == 592
 
@@ -47,7 +47,7 @@ def test_pack_unpack(name):
 
 def test_germinate():
     """Every tensor is drawn in its range (or constant), all kinds by one function; the rest of the vector is zero."""
-    kinds = seed_bank.table(tuple(blueprints.CNN))
+    kinds = seed_bank.table(tuple(blueprints.CNN), blueprints.CNN)
     draw = jax.jit(lambda key, kind: seed_bank.germinate(key, kinds, 16, kind))
     for number, blueprint in enumerate(kinds):
         vector = draw(jax.random.key(number), jnp.int32(number))

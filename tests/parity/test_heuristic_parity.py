@@ -65,8 +65,8 @@ def inputs(case):
         ),
         # Improvements over an accuracy of 0, so that they are not rounded a second time.
         metrics=slots.metrics.replace(
-            stage_start_accuracy=-f("improvement_stage"),
-            initial_accuracy=-f("improvement_total"),
+            stage_start_score=-f("improvement_stage"),
+            initial_score=-f("improvement_total"),
             contribution=f("contribution"),
             contribution_valid=jnp.asarray(np.isfinite(given["contribution"])),
         ),

@@ -22,7 +22,7 @@ def _episode(cfg: LifecycleConfig):
     def epoch(slots, given):
         live = stages.is_active(slots.stage) & (slots.alpha.alpha > 0)
         slots = stages.record_contribution(slots, given["contribution"], live)
-        slots = stages.record_accuracy(slots, given["val_accuracy"])
+        slots = stages.record_score(slots, given["val_accuracy"])
         m = slots.metrics
         ratio = jnp.where(stages.is_active(slots.stage), given["gradient_ratio"], m.gradient_ratio)
         slots = slots.replace(metrics=m.replace(gradient_ratio=ratio, gradient_valid=jnp.ones(1, bool)))
@@ -80,9 +80,9 @@ def _fields(slots):
         "frozen": (a.mode == AlphaMode.DOWN).astype(int),
         "contribution": np.where(record & m.contribution_valid, m.contribution.astype(float), np.nan),
         "contribution_velocity": real(m.contribution_velocity),
-        "best_val_accuracy": real(m.best_accuracy),
-        "improvement_total": real(m.current_accuracy - m.initial_accuracy),
-        "improvement_stage": real(m.current_accuracy - m.stage_start_accuracy),
+        "best_val_accuracy": real(m.best_score),
+        "improvement_total": real(m.current_score - m.initial_score),
+        "improvement_stage": real(m.current_score - m.stage_start_score),
     }
 
 

@@ -28,7 +28,7 @@ def _run_host(vars, x, labels, train):
 
         return slot
 
-    functions = {i: record(name) for i, name in zip(vars.cfg.slot_blocks, vars.cfg.slot_names, strict=True)}
+    functions = {i: record(name) for i, name in zip(vars.cfg.slot_segments, vars.cfg.slot_names, strict=True)}
     # at most two images in a tile: statistics and gradients span the tiles
     tile_pixels = 2 * x.shape[1] * x.shape[2]
     logits, new = cnn.apply(vars, x, train=train, slots=functions, tile_pixels=tile_pixels)
@@ -75,7 +75,7 @@ def test_host(case):
 def test_blueprint(case):
     name, width = BLUEPRINTS[int(case["meta/blueprint"])], int(case["meta/width"])
     blueprint = blueprints.CNN[name]
-    params = torch.seed_params(name, golden.sub(case, "param"))
+    params = torch.CNN.seed_params(name, golden.sub(case, "param"))
     golden.close(blueprint.param_count(width), case["meta/n_params"], "n_params")
     assert {key: p.shape for key, p in blueprint.spec(width).items()} == {key: p.shape for key, p in params.items()}
 
@@ -90,7 +90,7 @@ def test_blueprint(case):
     torch.assert_close(y, torch.images(case["y"]), "y", absolute=1e-5)
     # the gradient of the one scalar sums over all elements and may cancel: a rounding of 6e-8 for each
     rounding = {"strength": 6e-8 * x.size}
-    for key, wanted in torch.seed_params(name, golden.sub(case, "grad")).items():
+    for key, wanted in torch.CNN.seed_params(name, golden.sub(case, "grad")).items():
         torch.assert_close(grads[key], wanted, f"grad/{key}", relative=2e-5, absolute=rounding.get(key, 0.0))
     torch.assert_close(grad_x, torch.images(case["grad_x"]), "grad_x", relative=2e-5)
 
@@ -117,11 +117,11 @@ def _slot_vjp():
 def test_slot(case):
     """Every stage and algorithm under the reference's isolation; the older gate's width is read from its size."""
     meta, given = golden.sub(case, "meta"), golden.sub(case, "seed")
-    width, blueprint = int(meta["width"]), torch.blueprint_of(given)
+    width, blueprint = int(meta["width"]), torch.CNN.blueprint_of(given)
     columns = (meta["stage"], BLUEPRINTS.index(blueprint), meta["algorithm"], meta["alpha"], meta["isolate_gradients"])
     state = torch.slot_state(*([value] for value in columns))
-    control = jax.tree.map(lambda leaf: leaf[0], blend.controls(state, (blueprint,)))
-    seed = torch.seed_vars(blueprint, given, golden.sub(case, "gate"), width, (blueprint,))
+    seed = torch.CNN.seed_vars(blueprint, given, golden.sub(case, "gate"), width, (blueprint,))
+    control = jax.tree.map(lambda leaf: leaf[0], blend.controls(state, seed.kinds))
     hidden = int(meta["gate_hidden"]) or blend.gate_hidden(width)
     assert seed.gate.size == width * hidden + 2 * hidden + 1
 
@@ -131,8 +131,8 @@ def test_slot(case):
     torch.assert_close(grad_h, torch.images(case["grad_h"]), "grad_h", relative=3e-4, absolute=5e-5)
     # where the reference has no gate, its parameters get no gradient here
     grads = golden.sub(case, "grad_seed"), golden.sub(case, "grad_gate")
-    wanted = torch.seed_vars(blueprint, *grads, width, (blueprint,))
-    ours, theirs = torch.unpacked(grad_seed, blueprint), torch.unpacked(wanted, blueprint)
+    wanted = torch.CNN.seed_vars(blueprint, *grads, width, (blueprint,))
+    ours, theirs = torch.CNN.unpacked(grad_seed, blueprint), torch.CNN.unpacked(wanted, blueprint)
     torch.assert_close(ours, theirs, "grad", relative=3e-4, absolute=5e-5)
 
 
@@ -150,7 +150,7 @@ def _fused(case):
     seeds, columns = [], []
     for name, width in zip(cfg.slot_names, cfg.slot_widths, strict=True):
         given = golden.sub(case, f"seed/{name}"), golden.sub(case, f"gate/{name}")
-        seeds.append(torch.seed_vars(used[name], *given, width, kinds))
+        seeds.append(torch.CNN.seed_vars(used[name], *given, width, kinds))
         columns.append([metas[name][key] for key in ("stage", "blueprint", "algorithm", "alpha")])
     state = torch.slot_state(*zip(*columns, strict=True), [True] * len(seeds))
     model = Model(torch.host_vars(host, cfg), tuple(seeds))

@@ -45,16 +45,17 @@ def inputs(case):
         seed_age=i("seed_age_epochs"),
         contribution=f("seed_contribution"),
         contribution_valid=valid("seed_contribution"),
-        germination_accuracy=f("acc_at_germination"),
-        germination_accuracy_valid=valid("acc_at_germination"),
+        germination_score=f("acc_at_germination"),
+        germination_score_valid=valid("acc_at_germination"),
         stage_improvement=f("improvement_since_stage_start"),
         stage_improvement_valid=valid("improvement_since_stage_start"),
         interaction_sum=f("interaction_sum"),
         interaction_valid=valid("interaction_sum"),
         total_improvement=f("counterfactual_total_improvement"),
         total_improvement_valid=valid("counterfactual_total_improvement"),
-        val_accuracy=f("val_acc"),
-        committed_accuracy=f("val_acc"),
+        val_score=f("val_acc"),
+        committed_score=f("val_acc"),
+        best_score=jnp.full_like(f("val_acc"), 100.0),
         contributing_fossils=i("num_contributing_fossilized"),
         terminal=i("epoch") == i("max_epochs"),
         host_params=f("host_params"),
@@ -133,7 +134,7 @@ def head_components(case):
         "occupancy_rent": -R.occupancy_rent(occupied, w),
         "fossilized_rent": -R.fossilized_rent(fossils, w),
         "action_shaping": action,
-        "terminal_bonus": rows(R.terminal_accuracy, (0, None))(x, w),
+        "terminal_bonus": rows(R.terminal_score, (0, None))(x, w),
     }
 
 
@@ -158,7 +159,7 @@ def test_intermediate_numbers_of_head(case):
     close(jax.vmap(R.ratio_penalty)(x, discount), case, "head/ratio_penalty")
     growth = overhead(case) / np.maximum(x.host_params, w.rent_host_floor)
     close(growth, case, "head/growth_ratio")
-    progress = x.val_accuracy - x.germination_accuracy
+    progress = x.val_score - x.germination_score
     close(progress, case, "head/progress_since_germination", np.asarray(x.has_seed))
 
 
@@ -169,7 +170,7 @@ def test_single_functions_of_head(case):
     close(jax.vmap(R.prune_shaping, (0, None))(x, w), case, "head/fn/prune_shaping")
     close(slot_shaping(case), case, "head/fn/pbrs")
     close(R.synergy_value(x.interaction_sum, w), case, "head/fn/synergy")
-    progress = x.val_accuracy - x.germination_accuracy
+    progress = x.val_score - x.germination_score
     value = by_formula(case, functools.partial(R.progress_bound, progress, x.contribution))
     close(value, case, "head/fn/attributed_value")
 
@@ -182,5 +183,5 @@ def test_what_the_earlier_reference_shares(case):
     close(R.alpha_shock(jnp.asarray(case["in/alpha_delta_sq_sum"]), w), case, "seed/alpha_shock")
     close(slot_shaping(case), case, "seed/fn/pbrs")
     close(R.synergy_value(x.interaction_sum, w), case, "seed/fn/synergy")
-    accuracy = jax.vmap(R.terminal_accuracy, (0, None))(x, w)
+    accuracy = jax.vmap(R.terminal_score, (0, None))(x, w)
     close(np.asarray(accuracy) + case["seed/fossilize_terminal_bonus"], case, "seed/terminal_bonus")

@@ -17,6 +17,10 @@ from esper_jax.types import Stage
 
 EXACT = ("plateau_epochs", "host_stabilized")
 CLOSE = ("loss_delta", "accuracy_delta", "best_val_accuracy", "best_val_loss")
+OURS = {
+    "train_accuracy": "train_score", "val_accuracy": "val_score", "accuracy_delta": "score_delta",
+    "best_val_accuracy": "best_val_score", "accuracy_history": "score_history",
+}  # fmt: skip
 
 
 def config(case):
@@ -51,20 +55,23 @@ def history(actual, valid, expected, what):
 
 @golden.each_case("tracker")
 def test_sequences(case):
-    inputs = {name: jnp.asarray(values) for name, values in golden.sub(case, "in").items() if "/" not in name}
+    given = golden.sub(case, "in")
+    inputs = {OURS.get(name, name): jnp.asarray(values) for name, values in given.items() if "/" not in name}
     peeked, signals, state = jax.tree.map(np.asarray, run(config(case), inputs))
     expected = golden.sub(case, "head")
     for name in EXACT:
         golden.close(getattr(signals, name), expected[name], name)
         golden.close(getattr(peeked, name), expected[f"peek_{name}"], f"peek_{name}")
     for name in CLOSE:
-        close(getattr(signals, name), expected[name], name)
-        close(getattr(peeked, name), expected[f"peek_{name}"], f"peek_{name}")
+        ours = OURS.get(name, name)
+        close(getattr(signals, ours), expected[name], name)
+        close(getattr(peeked, ours), expected[f"peek_{name}"], f"peek_{name}")
     golden.close(state.stable_epochs, expected["stable_count"], "stable_count")
     golden.close(signals.history_valid.sum(1), expected["history_length"], "history_length")
     for name in ("loss_history", "accuracy_history"):
-        history(getattr(signals, name), signals.history_valid, expected[name], name)
-        history(getattr(peeked, name)[1:], peeked.history_valid[1:], expected[name][:-1], f"peek_{name}")
+        ours = OURS.get(name, name)
+        history(getattr(signals, ours), signals.history_valid, expected[name], name)
+        history(getattr(peeked, ours)[1:], peeked.history_valid[1:], expected[name][:-1], f"peek_{name}")
 
 
 @golden.each_case("tracker", lambda case: "in/seeds/stage" in case)
@@ -76,7 +83,7 @@ def test_summary_seed(case):
     def one(stage, epochs, alpha, contribution, measured, improvement):
         slots = stages.empty(stage.shape[0])
         metrics = slots.metrics.replace(
-            contribution=contribution, contribution_valid=measured, current_accuracy=improvement
+            contribution=contribution, contribution_valid=measured, current_score=improvement
         )
         ramps = slots.alpha.replace(alpha=alpha)
         return T.summary_seed(slots.replace(stage=stage, epochs_in_stage=epochs, alpha=ramps, metrics=metrics))

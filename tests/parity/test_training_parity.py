@@ -43,7 +43,7 @@ def _common():
 def _seed(case, when):
     """Parameters of seed and gate, zeros for what is not there, and the seed's blueprint."""
     seed, gate = (golden.sub(case, f"{when}/{part}") or _common()["absent"][part] for part in ("seed", "gate"))
-    return seed, gate, torch.blueprint_of(seed)
+    return seed, gate, torch.CNN.blueprint_of(seed)
 
 
 def _model(case, when):
@@ -52,7 +52,7 @@ def _model(case, when):
     cfg = torch.host_config(host, [f"r0c{_common()['config/slot_block']}"])
     seed, gate, blueprint = _seed(case, when)
     return Model(
-        torch.host_vars(host, cfg), (torch.seed_vars(blueprint, seed, gate, cfg.slot_widths[0], (blueprint,)),)
+        torch.host_vars(host, cfg), (torch.CNN.seed_vars(blueprint, seed, gate, cfg.slot_widths[0], (blueprint,)),)
     )
 
 
@@ -210,7 +210,7 @@ def _batch():
 
     def draw(key):
         host_key, seed_key, x_key, y_key = jax.random.split(key, 4)
-        model = networks.init(host_key, HOST, blueprints=(BLUEPRINT,), classes=CLASSES)
+        model = networks.init(host_key, HOST, blueprints=(BLUEPRINT,), outputs=CLASSES)
         seed = model.seeds[0]
         drawn = blueprints.CNN[BLUEPRINT].init(seed_key, seed.width)
         model = model.replace(seeds=(seed.replace(params=seed_bank.pack(drawn, seed.params.size)),))

@@ -3,14 +3,16 @@
 Gradients have the layout of what they belong to, so one conversion serves both.
 """
 
+from typing import NamedTuple
+
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esper_jax.config import HostConfig
+from esper_jax.config import HostConfig, TransformerConfig
 from esper_jax.lifecycle import stages
-from esper_jax.network import blend, blueprints, seed_bank
+from esper_jax.network import blend, blueprints, seed_bank, transformer
 from esper_jax.network.cnn import Block, HostParams, HostVars, Statistics
 
 _norm = {"scale": "gn.weight", "bias": "gn.bias"}
@@ -18,7 +20,7 @@ _below = lambda prefix, names: {ours: f"{prefix}.{theirs}" for ours, theirs in n
 _heavy = lambda i: {
     f"{ours}_{i}": f"enhance.{i}.{theirs}" for ours, theirs in ({"conv": "conv.weight"} | _norm).items()
 }
-SEED_NAMES = {
+_CNN_NAMES = {
     "noop": {},
     "conv_light": _below("enhance", {"conv": "conv.weight"} | _norm),
     "attention": {"squeeze": "fc.0.weight", "excite": "fc.2.weight", "bias": "fc.2.bias"},
@@ -28,6 +30,54 @@ SEED_NAMES = {
     "conv_small": {"conv": "conv.weight"} | _norm,
     "conv_heavy": _heavy(0) | _heavy(1),
 }
+_low_rank = {"down": "down.weight", "up": "up.weight"}
+_attention = {"qkv": "qkv.weight", "qkv_bias": "qkv.bias", "out": "proj.weight", "out_bias": "proj.bias"}
+_mlp = {"in": "fc1.weight", "in_bias": "fc1.bias", "out": "fc2.weight", "out_bias": "fc2.bias"}
+_TRANSFORMER_NAMES = {
+    "noop": {},
+    "norm": _CNN_NAMES["norm"],
+    "lora": _low_rank,
+    "lora_large": _low_rank,
+    "attention": _attention,
+    "flex_attention": _attention,
+    "mlp_small": _mlp,
+    "mlp": _mlp,
+}
+
+
+class Topology(NamedTuple):
+    """The modules for one kind of host, and the reference's names of their parameters by ours."""
+
+    modules: dict[str, blueprints.Blueprint]
+    names: dict[str, dict[str, str]]
+
+    def seed_params(self, blueprint: str, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Parameters (or their gradients) of one seed, in our order."""
+        assert set(given) == set(self.names[blueprint].values())
+        return {ours: tensor(ours, given[theirs]) for ours, theirs in self.names[blueprint].items()}
+
+    def blueprint_of(self, given: dict[str, np.ndarray]) -> str:
+        """The first whose parameters have these names."""
+        return next(key for key, names in self.names.items() if set(names.values()) == set(given))
+
+    def seed_vars(self, blueprint: str, seed: dict, gate: dict, width: int, names: tuple[str, ...]) -> blend.SeedVars:
+        """One slot that can hold the named kinds, with a seed of the reference in it."""
+        kinds = seed_bank.table(names, self.modules)
+        params = seed_bank.pack(self.seed_params(blueprint, seed), seed_bank.packed_size(kinds, width))
+        return blend.SeedVars(params, packed_gate(gate, blend.gate_size(width)), width, kinds)
+
+    def unpacked(self, vars: blend.SeedVars, blueprint: str) -> dict[str, dict[str, jax.Array]]:
+        """The arrays in both vectors of a slot, so that each is compared by its own size."""
+        hidden = (vars.gate.size - 1) // (vars.width + 2)
+        gate = jnp.split(vars.gate, np.cumsum([vars.width * hidden, hidden, hidden]))
+        return {
+            "seed": seed_bank.unpack(self.modules[blueprint], vars.width, vars.params),
+            "gate": dict(zip(("W1", "b1", "W2", "b2"), gate, strict=True)),
+        }
+
+
+CNN = Topology(blueprints.CNN, _CNN_NAMES)
+TRANSFORMER = Topology(blueprints.TRANSFORMER, _TRANSFORMER_NAMES)
 
 
 def images(x: np.ndarray) -> jax.Array:
@@ -74,22 +124,6 @@ def host_vars(given: dict[str, np.ndarray], cfg: HostConfig) -> HostVars:
     return HostVars(host_params(given, cfg), host_stats(given, cfg), cfg)
 
 
-def blueprint_of(given: dict[str, np.ndarray]) -> str:
-    """The CNN blueprint whose parameters have these names."""
-    (blueprint,) = [key for key, names in SEED_NAMES.items() if set(names.values()) == set(given)]
-    return blueprint
-
-
-def seed_params(blueprint: str, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Parameters (or their gradients) of one seed, in our order."""
-    assert set(given) == set(SEED_NAMES[blueprint].values())
-    return {ours: tensor(ours, given[theirs]) for ours, theirs in SEED_NAMES[blueprint].items()}
-
-
-def packed_seed(blueprint: str, given: dict[str, np.ndarray], size: int) -> jax.Array:
-    return seed_bank.pack(seed_params(blueprint, given), size)
-
-
 def packed_gate(given: dict[str, np.ndarray], absent_size: int) -> jax.Array:
     """Parameters (or their gradients) of a gate network, W1 [C, m], b1, W2 [m], b2; zeros where there is none."""
     if not given:
@@ -98,22 +132,26 @@ def packed_gate(given: dict[str, np.ndarray], absent_size: int) -> jax.Array:
     return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)) for leaf in flat])
 
 
-def seed_vars(blueprint: str, seed: dict, gate: dict, width: int, names: tuple[str, ...]) -> blend.SeedVars:
-    """One slot that can hold the named kinds, with a seed of the reference in it."""
-    size = seed_bank.packed_size(seed_bank.table(names), width)
-    return blend.SeedVars(
-        packed_seed(blueprint, seed, size), packed_gate(gate, blend.gate_size(width)), width, tuple(names)
-    )
-
-
-def unpacked(vars: blend.SeedVars, blueprint: str) -> dict[str, dict[str, jax.Array]]:
-    """The arrays in both vectors of a slot, so that each is compared by its own size."""
-    hidden = (vars.gate.size - 1) // (vars.width + 2)
-    gate = jnp.split(vars.gate, np.cumsum([vars.width * hidden, hidden, hidden]))
-    return {
-        "seed": seed_bank.unpack(blueprints.CNN[blueprint], vars.width, vars.params),
-        "gate": dict(zip(("W1", "b1", "W2", "b2"), gate, strict=True)),
+def transformer_config(given: dict[str, np.ndarray]) -> TransformerConfig:
+    """Of a case's `config`; its vocabulary is the embedding's."""
+    names = {
+        "width": "n_embd",
+        "n_heads": "n_head",
+        "n_layers": "n_layer",
+        "n_segments": "num_segments",
+        "block_size": "block_size",
     }
+    return TransformerConfig(**{ours: int(given[theirs]) for ours, theirs in names.items()}, dropout=0.0)
+
+
+def transformer_params(given: dict[str, np.ndarray], cfg: TransformerConfig) -> transformer.HostParams:
+    """Parameters (or their gradients) of a transformer host; layers are stacked."""
+    pair = lambda name: tuple(tensor("", given[f"{name}.{kind}"]) for kind in ("weight", "bias"))
+    names = ("ln1", "attn.c_attn", "attn.c_proj", "ln2", "mlp.c_fc", "mlp.c_proj")
+    layers = [transformer.Layer(*(pair(f"layers.{i}.{name}") for name in names)) for i in range(cfg.n_layers)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    tokens, positions = (jnp.asarray(given[f"{name}_emb.weight"]) for name in ("tok", "pos"))
+    return transformer.HostParams(tokens, positions, stacked, pair("ln_f"))
 
 
 def slot_state(stage, blueprint, algorithm, alpha, isolate):

@@ -140,7 +140,10 @@ def test_outcomes(tmp_path):
     ]
     for row in rows:
         value = lambda field, row=row: arm(row["arm"], field, row["policy_seed"])[row["env"]]
-        assert (row["test_accuracy"], row["test_accuracy_final"]) == (value("test_committed"), value("test_accuracy"))
+        assert (row["test_accuracy"], row["test_accuracy_final"]) == (
+            value("test_committed_accuracy"),
+            value("test_accuracy"),
+        )
         assert (row["test_loss"], row["test_loss_final"]) == (value("test_committed_loss"), value("test_loss"))
         assert row["return"] == pytest.approx(value("reward")[1:].sum(), abs=1e-4)
         # relative to the bare host: what was kept, and what there is at the end
