@@ -4,7 +4,7 @@
     obs, state = env.reset(key, env.default_params)
     obs, state, reward, done, info = env.step(key, state, action, env.default_params)
 
-The reward `paired` is paid without a twin here: the fall of the own loss, of which the twin's part depends on no decision.
+The reward `paired` is paid without a twin here: the fall of the own loss; no decision changes the twin's part of it.
 
 One number is one decision: WAIT, or what is done to which slot (`GrowthEnv.actions`); what a gymnax learner cannot say
 (how long a ramp takes, the style of a blend) keeps its canonical value, or is given with a table of one's own. A

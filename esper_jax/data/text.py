@@ -61,19 +61,19 @@ class TextDataset:
         """There are none: nothing is reported for every token."""
         return ()
 
+    def _tokens(self) -> dict[str, int]:
+        return {"train": self.train.size} | {part: getattr(self, part).labels.size for part in ("validation", "test")}
+
     def facts(self) -> dict[str, Any]:
-        """For the run card: how many tokens are in each block, and what they are."""
-        measured = {part: getattr(self, part).labels.size for part in ("validation", "test")}
+        """For the run card: how many tokens are in each block, what they are, and what a bigram model makes of them."""
         return {
-            "tokens": {"train": self.train.size, **measured}, "window": self.window, "vocabulary": self.outputs,
-            "characters_per_token": self.test.characters_per_token,
-            "bigram_loss": bigram_loss(self, self.test),
+            "tokens": self._tokens(), "window": self.window, "vocabulary": self.outputs,
+            "characters_per_token": self.test.characters_per_token, "bigram_loss": bigram_loss(self, self.test),
         }  # fmt: skip
 
     def sizes(self) -> str:
         """How many tokens are in each block, for a line."""
-        facts = self.facts()
-        return ", ".join(f"{n} {part}" for part, n in facts["tokens"].items()) + f" tokens of {self.outputs}"
+        return ", ".join(f"{n} {part}" for part, n in self._tokens().items()) + f" tokens of {self.outputs}"
 
     def metric(self, split: Windows) -> Metric:
         """What a host is judged by on a split: byte pairs of one may be longer than those of another."""
