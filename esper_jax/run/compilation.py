@@ -10,6 +10,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import platform
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,6 +31,7 @@ from esper_jax.run import devices
 from esper_jax.train import Train, bind, round_of
 
 MOST_CACHE_BYTES = 2**30
+T = TypeVar("T")
 
 
 def spread(cfg: Config) -> Config:
@@ -152,7 +154,7 @@ def compile_ahead(
         lower["pay"] = lambda: train.programs.pay.lower(run.hypers, policies, course(), course().val_loss)
 
     # Tracing holds Python's lock and compiling does not: the two go side by side, each one at a time.
-    lowered = background(lower)
+    lowered = background({name: functools.partial(without_garbage, function) for name, function in lower.items()})
 
     def program(name: str) -> Callable:
         compiled = lowered.pop(name).result().compile()
@@ -168,6 +170,13 @@ def compile_ahead(
 
     compiled = {name: call(name) for name in ("rollout", "pay", "learn", "report", "keys")}
     return bind(cfg, train.dataset, train.controllers, train.programs._replace(**compiled))
+
+
+def without_garbage(lower: Callable[[], T]) -> T:
+    """What is lowered, once the garbage of tracing is gone: compiling it takes most of the memory of a run."""
+    lowered = lower()
+    gc.collect()
+    return lowered
 
 
 def return_memory() -> None:
