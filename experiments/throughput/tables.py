@@ -338,9 +338,10 @@ def learner_table(bench: Bench) -> Iterator[Row]:
 def _pieces(bench: Bench, states) -> dict[str, Callable]:
     """Observation and masks of every decision of a round, each on its own, for states `[environments]`."""
     cfg, horizon = bench.cfg, bench.cfg.training.epochs
+    scale = jnp.float32(horizon), jnp.float32(bench.dataset.metric(bench.dataset.validation).span)
     pieces = {
         "observation": lambda s: observation.encode(
-            observation.Inputs(s.signals, s.slots, s.last_op, s.last_success, jnp.float32(horizon)), cfg.action_space
+            observation.Inputs(s.signals, s.slots, s.last_op, s.last_success, *scale), cfg.action_space
         ),
         "masks": lambda s: masks.legal(s.slots, cfg.lifecycle),
     }
