@@ -6,6 +6,7 @@ read once from here and passed on as traced values.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 import functools
@@ -154,7 +155,7 @@ def _name(entry: str | Blueprint) -> str:
     return entry if isinstance(entry, str) else entry.name
 
 
-class _Slotted:
+class _Slotted(abc.ABC):
     """What both kinds of hosts say about their slots: by `slots`, and `widths`, the channels after each segment."""
 
     slots: tuple[str, ...]
@@ -162,8 +163,8 @@ class _Slotted:
     sized_by: ClassVar[tuple[str, ...]]  # fields that decide how many parameters it has, the first one most
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def widths(self) -> tuple[int, ...]: ...
 
     def _check_slots(self) -> None:
         boundaries = [f"r0c{i}" for i in range(len(self.widths))]
@@ -590,6 +591,7 @@ class Config:
 class TextConfig(Config):
     """The same for text: a transformer is grown, and its data are tokens."""
 
+    # other classes than a run of images has: nobody writes to a field of a frozen class, so none gets the wrong one
     host: TransformerConfig = field(default_factory=TransformerConfig)  # type: ignore[assignment]
     data: TextDataConfig = field(default_factory=TextDataConfig)  # type: ignore[assignment]
     lifecycle: LifecycleConfig = field(

@@ -39,10 +39,8 @@ class Metric(NamedTuple):
 
     def score(self, accuracy: Any, loss: Any) -> Any:
         """See the class."""
-        value = self.value(accuracy, loss)
-        if self.higher_is_better:
-            return value if (self.worst, self.scale) == (0.0, 1.0) else (value - self.worst) / self.scale
-        return (self.worst - value) / self.scale
+        better = self.value(accuracy, loss) - self.worst
+        return (better if self.higher_is_better else -better) / self.scale
 
 
 ACCURACY = Metric("accuracy", "%", scale=1.0, worst=0.0, best=100.0, margin=2.0, points="points")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from esper_jax import Config, data, presets
-from esper_jax.run import command, compilation, devices, job, options, provenance
+from esper_jax.run import command, compilation, job, options
 
 PROGRAM = "python -m experiments.cifar"
 
@@ -52,14 +52,8 @@ def check_folder(data_dir: str | None) -> str | None:
 
 def parse(argv: list[str]) -> Options:
     """The command line. Raises ValueError for what cannot be; prints the help and exits if that is asked for."""
-    asked = options.check(argv, Options)
-    word = lambda name: asked[name][0] if name in asked else None
-    resume, folder = word("--resume"), word("--data-dir")
-    card = provenance.read_card(Path(resume)) if resume is not None else None
-    then = job.config_of(card, Config, resume)
-    devices.use_cpus(int(word("--devices") or 0) or (then.devices if then else 0))
-    backend = devices.backend()
-    preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
+    asked = job.asked(argv, Options, Config)
+    preset, then, folder = asked.preset, asked.then, asked.word("--data-dir")
 
     def sized(name: str) -> Config:
         cfg = then or presets.get(preset, name)
@@ -71,10 +65,10 @@ def parse(argv: list[str]) -> Options:
     def read(name: str, cfg: Config) -> Options:
         return options.cli(Options, argv, prog=PROGRAM, default=Options(preset=preset, data=name, config=cfg))
 
-    name = then.data.name if then else word("--data") or "auto"
+    name = then.data.name if then else asked.word("--data") or "auto"
     cfg = sized("digits" if name == "auto" else name)
     chosen = read(name, cfg)
-    check(chosen, cfg, card)
+    check(chosen, cfg, asked.card)
     if name == "auto":  # the sizes depend on the data; a server is asked once nothing else can be wrong
         job.check(compilation.spread(chosen.config), chosen.script)
         name = data.resolve(check_folder(folder), announce=command.say)

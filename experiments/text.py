@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from esper_jax import presets
 from esper_jax.config import TextConfig
-from esper_jax.run import command, compilation, devices, job, options, provenance
+from esper_jax.run import command, compilation, job, options
 
 PROGRAM = "python -m experiments.text"
 
@@ -40,27 +39,21 @@ class Options(job.JobOptions):
 
 def parse(argv: list[str]) -> Options:
     """The command line. Raises ValueError for what cannot be; prints the help and exits if that is asked for."""
-    asked = options.check(argv, Options)
-    word = lambda name: asked[name][0] if name in asked else None
-    resume = word("--resume")
-    card = provenance.read_card(Path(resume)) if resume is not None else None
-    then = job.config_of(card, TextConfig, resume)
-    devices.use_cpus(int(word("--devices") or 0) or (then.devices if then else 0))
-    backend = devices.backend()
-    preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
+    asked = job.asked(argv, Options, TextConfig)
+    words, preset, then = asked.words, asked.preset, asked.then
     for name in ("--data.name", "--data.files"):
-        if name in asked:
+        if name in words:
             raise ValueError(f"{name}: give --text FILE... or --data instead")
-    files = tuple(asked.get("--text", ()))
-    if "--text" in asked and not files:
+    files = tuple(words.get("--text", ()))
+    if "--text" in words and not files:
         raise ValueError("--text: must be followed by one or more files")
-    if files and "--data" in asked:
+    if files and "--data" in words:
         raise ValueError("--text and --data: give one of them")
-    named = {"data.name": "files", "data.files": files} if files else {"data.name": word("--data") or "topics"}
-    cfg = (then or presets.text(preset)).replace(**({} if then and not files and "--data" not in asked else named))
+    named = {"data.name": "files", "data.files": files} if files else {"data.name": asked.word("--data") or "topics"}
+    cfg = (then or presets.text(preset)).replace(**({} if then and not files and "--data" not in words else named))
     chosen = options.cli(Options, argv, prog=PROGRAM, default=Options(preset=preset, config=cfg))
-    if card is not None:
-        job.check_resumed(chosen, then, card)
+    if asked.card is not None:
+        job.check_resumed(chosen, then, asked.card)
     job.check(compilation.spread(chosen.config), chosen.script)
     return chosen
 

@@ -36,9 +36,7 @@ LONG = ("run", "test_frozen", "environment", "test_ppo", "test_model", "test_thr
 
 
 def pytest_configure(config):
-    # Tracing makes millions of objects, and hardly any garbage in cycles: the collector took a twelfth of the tests.
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    compilation.spare_the_collector()
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))

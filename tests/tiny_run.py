@@ -3,7 +3,6 @@ all tests of runs."""
 
 import contextlib
 import functools
-import gc
 import multiprocessing
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -52,7 +51,7 @@ def _like_a_test(optimised: bool) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_disable_most_optimizations", not optimised)
-    gc.set_threshold(100_000, 50, 100)
+    compilation.spare_the_collector()
 
 
 @functools.cache

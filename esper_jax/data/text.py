@@ -22,6 +22,7 @@ from esper_jax.metric import Metric, bits_per_character
 from esper_jax.types import Array
 
 MOST_CHARACTERS = 2048  # different ones; a text with more of them wants byte pairs
+MOST_STORIES = 20_000_000  # characters of TinyStories, unless a limit says otherwise
 
 
 @struct.dataclass
@@ -240,9 +241,6 @@ def load(cfg: TextDataConfig) -> TextDataset:
         identity=f"md5:{digest.hexdigest()}",
         source=corpus.source,
     )
-
-
-MOST_STORIES = 20_000_000  # characters
 
 
 def windows(block: np.ndarray, tokens: Tokens, size: int, most: int) -> Windows:

@@ -16,7 +16,7 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED, POLICY, Stage
 from esper_jax.evidence.statistics import mean_interval
-from esper_jax.evidence.tables import metric_of, values
+from esper_jax.evidence.tables import measured, metric_of, values
 
 # A backend that matplotlib does not know, such as the one that notebooks name, keeps it from being imported; none is
 # used here.
@@ -138,8 +138,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
     stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
     names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
     modules = metrics["arms/blueprints"]
-    metric = metric_of(metrics)
-    kept_values = metric.value(metrics["arms/test_committed_accuracy"], metrics["arms/test_committed_loss"])
+    metric, results = metric_of(metrics), measured(metrics)
     alone = [name for name in names if names.count(name) == 1]
     shown = [a for a, name in enumerate(names) if name != BASELINE]
     n_slots, envs = stage.shape[-1], stage.shape[1]
@@ -165,7 +164,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
         if not (stage[a, :, -1] == Stage.FOSSILIZED).any():
             axes.text(0.5, (n_slots - 1) / 2, "nothing kept", ha="center", va="center", color="#777777")
         title = names[a] if names[a] in alone else f"{names[a]} {policies[a]}"
-        gain = kept_values[a] - kept_values[names.index(BASELINE)]
+        gain = results[a] - results[names.index(BASELINE)]
         size = metrics["arms/committed_size"][a, :, -1].mean()
         axes.set_title(
             f"{title}: {gain.mean():+.{metric.digits - 1}f} {metric.points}, x{size:.2f}", loc="left", fontsize=9
@@ -218,10 +217,9 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
     """
     everyone = [str(name) for name in metrics["arms/names"]]
     names = list(dict.fromkeys(everyone))
-    metric = metric_of(metrics)
-    found = metric.value(metrics["arms/test_committed_accuracy"], metrics["arms/test_committed_loss"])
+    metric, results = metric_of(metrics), measured(metrics)
     if env is None:
-        samples = found[everyone.index(POLICY)]
+        samples = results[everyone.index(POLICY)]
         env = int(np.argsort(samples, kind="stable")[(len(samples) - 1) // 2])
     shown = [name for name in names if name != BASELINE]
     n_slots = metrics["arms/stage"].shape[-1]
@@ -233,7 +231,7 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
         lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
         _swimlanes(axes, metrics["arms/blueprints"], *lanes)
         axes.set_title(
-            f"{name}: test {metric.name} of what was kept {found[a, env]:.{metric.digits - 1}f}",
+            f"{name}: test {metric.name} of what was kept {results[a, env]:.{metric.digits - 1}f}",
             loc="left",
             fontsize=10,
         )

@@ -33,8 +33,12 @@ def notes(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
 
 def by_arm(metrics: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
     """f[P, E] of each arm, P = 1 for a rule, from the arrays of metrics.npz."""
+    return _split(metrics, metrics[f"arms/{field}"])
+
+
+def _split(metrics: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     names = [str(name) for name in metrics["arms/names"]]
-    return {arm: metrics[f"arms/{field}"][[name == arm for name in names]] for arm in dict.fromkeys(names)}
+    return {arm: rows[[name == arm for name in names]] for arm in dict.fromkeys(names)}
 
 
 def sizes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -42,16 +46,30 @@ def sizes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {arm: size[..., -1] for arm, size in by_arm(metrics, "committed_size").items()}
 
 
+def metric_arrays(metric: Metric) -> dict[str, np.ndarray]:
+    """How metrics.npz says what a run's hosts were judged by on the report-test split."""
+    fields = metric._asdict().items()
+    return {f"metric/{name}": np.array(np.nan if value is None else value) for name, value in fields}
+
+
 def metric_of(metrics: dict[str, np.ndarray]) -> Metric:
-    """What a run's hosts were judged by on the report-test split."""
+    """Inverse of `metric_arrays`."""
     fields = {name: metrics[f"metric/{name}"].item() for name in Metric._fields}
     return Metric(**fields | {"per_nat": None if np.isnan(fields["per_nat"]) else fields["per_nat"]})
 
 
+def measured(metrics: dict[str, np.ndarray], of: str = "test_committed") -> np.ndarray:
+    """f[A, E, ...] in the metric's unit, a row per arm and policy.
+
+    Args:
+      of: `test_committed` (what was kept), `test` (all of the network) or `val` (by epoch).
+    """
+    return metric_of(metrics).value(metrics[f"arms/{of}_accuracy"], metrics[f"arms/{of}_loss"])
+
+
 def values(metrics: dict[str, np.ndarray], of: str = "test_committed") -> dict[str, np.ndarray]:
-    """f[P, E, ...] of each arm in the metric's unit; `of` is `test_committed` (what was kept), `test` or `val`."""
-    accuracy, loss = (by_arm(metrics, f"{of}_{name}") for name in ("accuracy", "loss"))
-    return {arm: metric_of(metrics).value(accuracy[arm], loss[arm]) for arm in accuracy}
+    """The same by arm, f[P, E, ...] each."""
+    return _split(metrics, measured(metrics, of))
 
 
 def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:

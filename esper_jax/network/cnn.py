@@ -9,7 +9,7 @@ from flax import struct
 
 from esper_jax.config import HostConfig
 from esper_jax.network import layers
-from esper_jax.network.host import Layout, apply, param_count
+from esper_jax.network.host import apply, param_count
 from esper_jax.types import Array
 
 __all__ = ["Block", "HostParams", "HostVars", "Statistics", "apply", "check_image_size", "init", "param_count"]
@@ -44,10 +44,6 @@ class HostVars:
     params: HostParams
     stats: tuple[Statistics, ...]
     cfg: HostConfig = struct.field(pytree_node=False)
-
-    @property
-    def layout(self) -> Layout:
-        return layers.IMAGES
 
     @property
     def n_segments(self) -> int:

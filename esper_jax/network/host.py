@@ -69,9 +69,6 @@ class Host(Protocol):
     cfg: Any  # its configuration, static: `slot_segments` says after which segments there is a slot
 
     @property
-    def layout(self) -> Layout: ...
-
-    @property
     def n_segments(self) -> int: ...
 
     @property

@@ -147,10 +147,8 @@ def forward_all_configurations(model: Model, state: SlotState, x: Array, *, dtyp
     controls = blend.controls(state, model.kinds)
     live = live_slots(model, state)
     slot_of_segment = {segment: s for s, segment in enumerate(model.host.cfg.slot_segments)}
-    features, count = (
-        model.host.embed(x, dtype=dtype, tile_pixels=0),
-        jnp.int32(1),
-    )  # features of the different patterns so far, and how many there are
+    # features of the different patterns so far, and how many there are
+    features, count = model.host.embed(x, dtype=dtype, tile_pixels=0), jnp.int32(1)
 
     for segment in range(model.host.n_segments):
         features = _map_first(lambda x, i=segment: model.host.eval_segment(i, x), features, count)

@@ -15,7 +15,7 @@ from flax import struct
 
 from esper_jax.config import TransformerConfig
 from esper_jax.network import sequences
-from esper_jax.network.host import Layout, apply, param_count
+from esper_jax.network.host import apply, param_count
 from esper_jax.network.layers import largest_divisor, uniform_fan_in
 from esper_jax.types import Array
 
@@ -50,12 +50,8 @@ class HostVars:
     """Everything a host is; it tracks nothing besides its parameters."""
 
     params: HostParams
+    cfg: TransformerConfig = struct.field(pytree_node=False)
     stats: tuple = ()
-    cfg: TransformerConfig = struct.field(pytree_node=False, default=TransformerConfig())
-
-    @property
-    def layout(self) -> Layout:
-        return sequences.SEQUENCES
 
     @property
     def n_segments(self) -> int:
@@ -142,7 +138,7 @@ def init(key: Array, cfg: TransformerConfig, *, vocabulary: int) -> HostVars:
 
     layers = jax.vmap(layer)(jax.random.split(layers_key, cfg.n_layers))
     params = HostParams(embedding(embedding_key, vocabulary), embedding(position_key, cfg.block_size), layers, _norm(d))
-    return HostVars(params, cfg=cfg)
+    return HostVars(params, cfg)
 
 
 def _norm(d: int) -> tuple[Array, Array]:

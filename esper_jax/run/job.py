@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import importlib
 import json
 import os
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +28,7 @@ from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
 from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
 from esper_jax.run.console import Console, round_note
+from esper_jax.run.options import check as check_words
 from esper_jax.run.options import typed
 from esper_jax.train import RunState, Train, make_train
 from esper_jax.types import Controller
@@ -80,14 +80,33 @@ class Job(NamedTuple):
     meant: str | None = None  # see JobOptions.meant
 
 
-def config_of(card: dict | None, kind: type[C], folder: str | None) -> C | None:
-    """The configuration of a run's card. Raises ValueError if that is a run of another experiment."""
-    if card is None:
-        return None
-    cfg = Config.from_json(json.dumps(card["config"]))
-    if type(cfg) is not kind:
-        raise ValueError(f"--resume {folder}: is a run of another experiment: {card['command']}")
-    return cfg
+class Asked(NamedTuple, Generic[C]):
+    """What the words of a command line decide before the others are read."""
+
+    words: dict[str, list[str]]  # after each option
+    preset: str
+    card: dict | None  # of the run that is to go on
+    then: C | None  # its configuration
+
+    def word(self, name: str) -> str | None:
+        return self.words[name][0] if name in self.words else None
+
+
+def asked(argv: list[str], options: type[JobOptions], kind: type[C]) -> Asked[C]:
+    """Checks each option by itself and chooses the devices. Raises ValueError for what is wrong, also for a run of
+    another experiment."""
+    words = check_words(argv, options)
+    word = lambda name: words[name][0] if name in words else None
+    card, then = None, None
+    if (resume := word("--resume")) is not None:
+        card = provenance.read_card(Path(resume))
+        then = Config.from_json(json.dumps(card["config"]))
+        if type(then) is not kind:
+            raise ValueError(f"--resume {resume}: is a run of another experiment: {card['command']}")
+    devices.use_cpus(int(word("--devices") or 0) or (then.devices if then else 0))
+    backend = devices.backend()
+    preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
+    return Asked(words, preset, card, then)
 
 
 def check_resumed(chosen: JobOptions, cfg: Config, card: dict) -> None:
@@ -298,9 +317,7 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
       parse: the options of its arguments. Raises ValueError for what cannot be.
     """
     command.use_plain_streams()
-    # tracing makes millions of objects and no garbage in cycles: the collector took a sixth of its time
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    compilation.spare_the_collector()
     # the call stack of every instruction is a fifth of a kept program
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     if lost := compilation.keep_programs(compilation.cache_folder()):

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from esper_jax.enums import LEARNED
+from esper_jax.evidence.tables import metric_arrays
 from esper_jax.metric import Metric
 from esper_jax.train import Comparison, Metrics, Rollout
 from esper_jax.types import Op, PanicReason, Stage
@@ -102,9 +103,7 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
         policies += range(len(test.accuracy))
     joined = {f"arms/{name}": np.concatenate([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
     labels = {"names": names, "policy_seed": policies, "blueprints": blueprints}
-    said = {name: np.array(np.nan if value is None else value) for name, value in metric._asdict().items()}
-    joined |= {f"metric/{name}": value for name, value in said.items()}
-    return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined
+    return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined | metric_arrays(metric)
 
 
 @contextlib.contextmanager

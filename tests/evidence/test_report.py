@@ -64,7 +64,7 @@ def run_arrays(envs=6, epochs=10, slots=3, rounds=3, policies=2, metric=ACCURACY
         "arms/test_accuracy": committed + 50,  # of what was not kept, and counts for nothing
         "arms/stage": stage, "arms/alpha": alpha, "arms/blueprint": blueprint, "arms/panic": panic,
         "arms/committed_size": committed_size, **{f"arms/{name}": count for name, count in counts.items()},
-        **{f"metric/{name}": np.array(np.nan if of is None else of) for name, of in metric._asdict().items()},
+        **tables.metric_arrays(metric),
         "rounds/reward": reward, "rounds/stage": np.stack([stage[-policies:]] * rounds),
         "learner/entropy": np.linspace(0.9, 0.7, rounds)[:, None] + np.zeros(policies),
     }  # fmt: skip

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from learning import check_every_tensor_learns, slot_gradient
 
 from esper_jax.network import blend, blueprints, layers, seed_bank
 from esper_jax.network.blueprints import Blueprint
@@ -56,49 +57,18 @@ def test_birth(name):
         assert (y >= x - 1e-6).all()  # x + relu(.)
 
 
-WIDTH, ALPHA, STEP = 8, 0.3, 0.01
+WIDTH = 8
 
 
 @functools.cache
-def _slot_gradient():
-    """Gradient of a slot's parameters under a quadratic loss, for any kind and mode: compiled once for this file."""
-    h, target = features(2, WIDTH, 4, 4, 6)[None], features(3, WIDTH, 4, 4, 6)[None]
-
-    def loss(seed, kind, mode):
-        control = blend.Controls(kind, mode, jnp.float32(ALPHA), jnp.array(True))
-        return jnp.square(blend.apply_slot(control, seed, h) - target).mean()
-
-    def born(key, kind):
-        kinds = seed_bank.table(MODULES, blueprints.CNN)
-        gate = blend.gate_init(key, WIDTH)
-        return blend.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, kinds)
-
-    return jax.jit(born), jax.jit(jax.grad(loss))
+def _slot():
+    return slot_gradient(blueprints.CNN, WIDTH, features(2, WIDTH, 4, 4, 6)[None], features(3, WIDTH, 4, 4, 6)[None])
 
 
 @pytest.mark.parametrize("mode", ["STRAIGHT_THROUGH", "ADD", "MULTIPLY", "GATE"])
 @pytest.mark.parametrize("name", MODULES)
 def test_every_tensor_learns(name, mode):
-    """Two SGD steps from birth give every parameter tensor, and the gate's, a non-zero gradient, whatever the style: in
-    TRAINING all styles are straight-through, and further on each has its own operator."""
-    mode = getattr(blend, mode)
-    kind = jnp.int32(1 + MODULES.index(name))
-    born, gradient = _slot_gradient()
-    seed = born(jax.random.key(4), kind)
-    unpack = lambda vector: seed_bank.unpack(blueprints.CNN[name], WIDTH, vector)
-    moved = {key: 0.0 for key in unpack(seed.params)}
-    gate_moved = 0.0
-    for _ in range(2):
-        grads = gradient(seed, kind, jnp.int32(mode))
-        for key, leaf in unpack(grads.params).items():
-            moved[key] = max(moved[key], float(jnp.abs(leaf).max()))
-        gate_moved = max(gate_moved, float(jnp.abs(grads.gate).max()))
-        seed = jax.tree.map(lambda p, g: p - STEP * g, seed, grads)
-    assert all(value > 0 for value in moved.values()), moved
-    # an identity (norm, bottleneck) leaves the gate nothing to weigh until it has moved
-    assert (gate_moved > 0) == (mode == blend.GATE)
-    used = blueprints.CNN[name].param_count(WIDTH)
-    np.testing.assert_array_equal(grads.params[used:], 0)
+    check_every_tensor_learns(_slot(), blueprints.CNN, name, WIDTH, mode)
 
 
 # --- modules of one's own --------------------------------------------------------------------------------------------

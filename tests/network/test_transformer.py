@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from learning import check_every_tensor_learns, slot_gradient
 
 from esper_jax.config import TransformerConfig
-from esper_jax.network import blend, blueprints, seed_bank, sequences, transformer
+from esper_jax.network import blueprints, sequences, transformer
 from esper_jax.network import model as networks
 from esper_jax.network.blueprints import Blueprint
 
@@ -133,7 +134,7 @@ def test_param_count():
     assert {name: blueprints.TRANSFORMER[name].param_count(384) for name in MODULES} == COUNTS
 
 
-WIDTH, ALPHA, STEP = 16, 0.3, 0.01
+WIDTH = 16
 
 
 def features(seed, *shape):
@@ -148,38 +149,14 @@ def test_all_are_the_identity_at_birth(name):
 
 
 @functools.cache
-def _slot_gradient():
-    """Gradient of a slot's parameters under a quadratic loss, for any kind and mode: compiled once for this file."""
-    h, target = features(2, 6, 5, WIDTH)[None], features(3, 6, 5, WIDTH)[None]
-    kinds = seed_bank.table(MODULES, blueprints.TRANSFORMER)
-
-    def loss(seed, kind, mode):
-        control = blend.Controls(kind, mode, jnp.float32(ALPHA), jnp.array(True))
-        return jnp.square(blend.apply_slot(control, seed, h) - target).mean()
-
-    def born(key, kind):
-        gate = blend.gate_init(key, WIDTH)
-        return blend.SeedVars(seed_bank.germinate(key, kinds, WIDTH, kind), gate, WIDTH, kinds)
-
-    return jax.jit(born), jax.jit(jax.grad(loss))
+def _slot():
+    return slot_gradient(blueprints.TRANSFORMER, WIDTH, features(2, 6, 5, WIDTH)[None], features(3, 6, 5, WIDTH)[None])
 
 
 @pytest.mark.parametrize("mode", ["STRAIGHT_THROUGH", "ADD", "MULTIPLY", "GATE"])
 @pytest.mark.parametrize("name", MODULES)
 def test_every_tensor_learns(name, mode):
-    """Within two SGD steps from birth every parameter tensor has a gradient, whatever the style."""
-    born, gradient = _slot_gradient()
-    kind = jnp.int32(1 + MODULES.index(name))
-    seed = born(jax.random.key(4), kind)
-    unpack = lambda vector: seed_bank.unpack(blueprints.TRANSFORMER[name], WIDTH, vector)
-    moved = {key: 0.0 for key in unpack(seed.params)}
-    for _ in range(2):
-        grads = gradient(seed, kind, jnp.int32(getattr(blend, mode)))
-        for key, leaf in unpack(grads.params).items():
-            moved[key] = max(moved[key], float(jnp.abs(leaf).max()))
-        seed = jax.tree.map(lambda p, g: p - STEP * g, seed, grads)
-    # keys shift every score of a query alike, which softmax does not see
-    assert all(value > 0 for value in moved.values()), moved
+    check_every_tensor_learns(_slot(), blueprints.TRANSFORMER, name, WIDTH, mode)
 
 
 def test_a_module_of_one_s_own():

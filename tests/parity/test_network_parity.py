@@ -5,12 +5,13 @@ import functools
 import golden
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import torch_layout as torch
 
 from esper_jax.config import HostConfig
 from esper_jax.env import attribution, evaluation, host_training
-from esper_jax.network import blend, blueprints, cnn
+from esper_jax.network import blend, cnn
 from esper_jax.network import model as networks
 from esper_jax.network.layers import from_tiles
 from esper_jax.network.model import Model
@@ -73,34 +74,12 @@ def test_host(case):
 
 @golden.each_case("blueprints_cnn")
 def test_blueprint(case):
-    name, width = BLUEPRINTS[int(case["meta/blueprint"])], int(case["meta/width"])
-    blueprint = blueprints.CNN[name]
-    params = torch.CNN.seed_params(name, golden.sub(case, "param"))
-    golden.close(blueprint.param_count(width), case["meta/n_params"], "n_params")
-    assert {key: p.shape for key, p in blueprint.spec(width).items()} == {key: p.shape for key, p in params.items()}
-
-    x, g = torch.images(case["x"]), torch.images(case["g"])
-
-    @jax.jit
-    def run(params, x, g):
-        y, pullback = jax.vjp(blueprint.apply, params, x)
-        return y, *pullback(g)
-
-    y, grads, grad_x = run(params, x, g)
-    torch.assert_close(y, torch.images(case["y"]), "y", absolute=1e-5)
-    # the gradient of the one scalar sums over all elements and may cancel: a rounding of 6e-8 for each
-    rounding = {"strength": 6e-8 * x.size}
-    for key, wanted in torch.CNN.seed_params(name, golden.sub(case, "grad")).items():
-        torch.assert_close(grads[key], wanted, f"grad/{key}", relative=2e-5, absolute=rounding.get(key, 0.0))
-    torch.assert_close(grad_x, torch.images(case["grad_x"]), "grad_x", relative=2e-5)
+    modules.check_values_and_gradients(torch.CNN, case, functools.partial(torch.assert_close, absolute=1e-5))
 
 
 @golden.each_blueprint("cnn")
 def test_parameter_counts(case):
-    """All widths that the reference's table lists."""
-    blueprint = blueprints.CNN[case.name.split()[-1]]
-    for width, count in case["n_params"].items():
-        golden.close(blueprint.param_count(int(width)), count, f"n_params at width {width}")
+    modules.check_parameter_counts(torch.CNN, case)
 
 
 @functools.cache

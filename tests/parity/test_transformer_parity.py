@@ -5,13 +5,14 @@ import functools
 import golden
 import jax
 import jax.numpy as jnp
+import modules
 import numpy as np
 import torch_layout as torch
 
 from esper_jax.config import TrainingConfig
 from esper_jax.env import attribution, evaluation, host_training
 from esper_jax.lifecycle import stages
-from esper_jax.network import blend, blueprints, transformer
+from esper_jax.network import blend, transformer
 from esper_jax.network import model as networks
 from esper_jax.network.model import Model
 from esper_jax.types import BLUEPRINTS
@@ -22,7 +23,7 @@ integers = lambda values: jnp.asarray(values, jnp.int32)
 
 def host_vars(case, params):
     cfg = torch.transformer_config(golden.sub(case, "config"))
-    return transformer.HostVars(torch.transformer_params(params, cfg), cfg=cfg)
+    return transformer.HostVars(torch.transformer_params(params, cfg), cfg)
 
 
 def config_of(given, segments: int, heads: int = 4):
@@ -74,32 +75,12 @@ def test_host(case):
 
 @golden.each_case("blueprints_transformer")
 def test_blueprint(case):
-    name, width = BLUEPRINTS[int(case["meta/blueprint"])], int(case["meta/width"])
-    blueprint = blueprints.TRANSFORMER[name]
-    params = torch.TRANSFORMER.seed_params(name, golden.sub(case, "param"))
-    golden.close(blueprint.param_count(width), case["meta/n_params"], "n_params")
-    assert {key: p.shape for key, p in blueprint.spec(width).items()} == {key: p.shape for key, p in params.items()}
-    x, g = jnp.asarray(case["x"]), jnp.asarray(case["g"])
-
-    @jax.jit
-    def run(params, x, g):
-        y, pullback = jax.vjp(blueprint.apply, params, x)
-        return y, *pullback(g)
-
-    y, grads, grad_x = run(params, x, g)
-    golden.close(y, case["y"], "y", atol=1e-5, rtol=1e-6)
-    rounding = {"strength": 6e-8 * x.size}
-    for key, wanted in torch.TRANSFORMER.seed_params(name, golden.sub(case, "grad")).items():
-        torch.assert_close(grads[key], wanted, f"grad/{key}", relative=2e-5, absolute=rounding.get(key, 0.0))
-    torch.assert_close(grad_x, jnp.asarray(case["grad_x"]), "grad_x", relative=2e-5)
+    modules.check_values_and_gradients(torch.TRANSFORMER, case, functools.partial(golden.close, atol=1e-5, rtol=1e-6))
 
 
 @golden.each_blueprint("transformer")
 def test_parameter_counts(case):
-    """All widths that the reference's table lists."""
-    blueprint = blueprints.TRANSFORMER[case.name.split()[-1]]
-    for width, count in case["n_params"].items():
-        golden.close(blueprint.param_count(int(width)), count, f"n_params at width {width}")
+    modules.check_parameter_counts(torch.TRANSFORMER, case)
 
 
 @jax.jit
@@ -113,8 +94,6 @@ def test_slot(case):
     """Every stage and algorithm under the reference's isolation."""
     meta, given = golden.sub(case, "meta"), golden.sub(case, "seed")
     width, blueprint = int(meta["width"]), torch.TRANSFORMER.blueprint_of(given)
-    if blueprint == "mlp" and given["fc1.weight"].shape[0] == 2 * width:
-        blueprint = "mlp_small"
     columns = (meta["stage"], BLUEPRINTS.index(blueprint), meta["algorithm"], meta["alpha"], meta["isolate_gradients"])
     state = torch.slot_state(*([value] for value in columns))
     seed = torch.TRANSFORMER.seed_vars(blueprint, given, golden.sub(case, "gate"), width, (blueprint,))

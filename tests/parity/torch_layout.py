@@ -3,6 +3,7 @@
 Gradients have the layout of what they belong to, so one conversion serves both.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import golden
@@ -50,6 +51,7 @@ class Topology(NamedTuple):
 
     modules: dict[str, blueprints.Blueprint]
     names: dict[str, dict[str, str]]
+    features: Callable[[np.ndarray], jax.Array]  # the reference's in our public layout
 
     def seed_params(self, blueprint: str, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Parameters (or their gradients) of one seed, in our order."""
@@ -76,13 +78,13 @@ class Topology(NamedTuple):
         }
 
 
-CNN = Topology(blueprints.CNN, _CNN_NAMES)
-TRANSFORMER = Topology(blueprints.TRANSFORMER, _TRANSFORMER_NAMES)
-
-
 def images(x: np.ndarray) -> jax.Array:
     """NCHW to NHWC."""
     return jnp.asarray(x.transpose(0, 2, 3, 1))
+
+
+CNN = Topology(blueprints.CNN, _CNN_NAMES, images)
+TRANSFORMER = Topology(blueprints.TRANSFORMER, _TRANSFORMER_NAMES, jnp.asarray)
 
 
 def tensor(name: str, value: np.ndarray) -> jax.Array:
