@@ -39,8 +39,8 @@ class Metric(NamedTuple):
 
     def score(self, accuracy: Any, loss: Any) -> Any:
         """See the class."""
-        better = self.value(accuracy, loss) - self.worst
-        return (better if self.higher_is_better else -better) / self.scale
+        value = self.value(accuracy, loss)
+        return (value - self.worst if self.higher_is_better else self.worst - value) / self.scale
 
 
 ACCURACY = Metric("accuracy", "%", scale=1.0, worst=0.0, best=100.0, margin=2.0, points="points")

@@ -10,7 +10,7 @@ ALPHA, STEP = 0.3, 0.01
 
 
 def slot_gradient(modules, width, h, target):
-    """A newborn by (key, kind), and by (seed, kind, mode) the gradient of a slot's parameters under a quadratic loss, for
+    """A newborn by (key, kind), and by (seed, kind, mode) a slot's gradient under a quadratic loss, for
     all of these modules.
 
     Args:
