@@ -306,15 +306,18 @@ class TextDataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a host and its seeds are trained. SGD with momentum; lr and decay as in the reference."""
+    """How a host and its seeds are trained; by default as in the reference."""
 
     epochs: int = number(25, low=2, high=MOST_EPOCHS)
     """epochs of an episode (T); the first one is part of `reset`, so an episode has T - 1 decisions"""
     batches_per_epoch: int = number(24, above=0, high=10_000)
     batch_size: int = number(512, above=0)
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """sgd has momentum and a decay that enters it; by adamw a new module in a transformer learns in time"""
     host_lr: float = number(0.01, above=0)
     seed_lr: float = number(0.01, above=0)
     momentum: float = number(0.9, low=0, below=1)
+    """decay of the mean of the gradients"""
     host_weight_decay: float = number(5e-4, low=0)
     clip_norm: float | None = number(1.0, above=0)
     """largest gradient norm; none switches clipping off"""

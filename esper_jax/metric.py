@@ -43,6 +43,18 @@ class Metric(NamedTuple):
         return (value - self.worst if self.higher_is_better else self.worst - value) / self.scale
 
 
+MOST_PERPLEXITY_LOSS = 20.0  # nats; from there on the reference calls it infinite
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite from a loss of 20 on (training_and_ppo).
+
+    >>> perplexity(0.0), perplexity(25.0)
+    (1.0, inf)
+    """
+    return math.exp(loss) if loss < MOST_PERPLEXITY_LOSS else math.inf
+
+
 ACCURACY = Metric("accuracy", "%", scale=1.0, worst=0.0, best=100.0, margin=2.0, points="points")
 
 

@@ -128,6 +128,7 @@ class Comparison:
     fossilised: Array
     pruned: Array
     rollbacks: Array
+    text: Array  # i32[P, R, length] what the committed network writes; [P, R, 0] of images
 
 
 class Programs(NamedTuple):
@@ -136,7 +137,7 @@ class Programs(NamedTuple):
     rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, Grown [G, E])
     pay: Callable  # (Hypers, policies [G, E], Course, twin's losses [G, E, T]) -> RewardComponents
     learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
-    report: Callable  # (dataset, Grown [G, E]) -> Evaluation
+    report: Callable  # (dataset, Grown [G, E]) -> (Evaluation, text)
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
     keys: Callable  # (key, round number) -> key of its rollout, keys [P] of its updates
 
@@ -303,7 +304,8 @@ def make_train(
         return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
 
     def report(dataset, grown, axis_name):
-        return over_environments(make_env(cfg, dataset).report, grown, cfg.env_chunk)
+        env = make_env(cfg, dataset)
+        return over_environments(lambda grown: (env.report(grown), env.write(grown)), grown, cfg.env_chunk)
 
     def each_policy(key):
         return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n_policies, dtype=jnp.int32))
@@ -385,7 +387,8 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
             who = Who(*(np.ascontiguousarray(column.reshape(shape)) for column in block.T))
             rows, grown = rollout(dataset, run, env_key, who)
             counts = (grown.germinated, grown.fossilised, grown.pruned, grown.rollbacks)
-            result = jax.device_get(Comparison(rows, report(dataset, grown), *counts))
+            test, text = report(dataset, grown)
+            result = jax.device_get(Comparison(rows, test, *counts, text))
             results.append((who, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), result)))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
         if paired:

@@ -63,6 +63,10 @@ class Dataset:
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def prompt(self) -> None:
+        """There is none: a network of images writes nothing."""
+
     def facts(self) -> dict[str, Any]:
         """For the run card: how many images are in each split, and what they are."""
         images = {part: len(getattr(self, part).labels) for part in ("train", "validation", "test")}

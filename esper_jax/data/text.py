@@ -58,6 +58,11 @@ class TextDataset:
         return len(self.vocabulary)
 
     @property
+    def prompt(self) -> Array:
+        """What a network is to go on with: the first window of the report test, i32[L]."""
+        return self.test.inputs[0]
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """There are none: nothing is reported for every token."""
         return ()

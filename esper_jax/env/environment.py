@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from esper_jax.config import Config
 from esper_jax.data import AnyDataset
-from esper_jax.env import attribution, observation, transition
+from esper_jax.env import attribution, generation, observation, transition
 from esper_jax.env.evaluation import Evaluation
 from esper_jax.env.reward import RewardWeights
 from esper_jax.env.state import EnvState, Grown, StepInfo
@@ -59,6 +59,11 @@ class Report(Protocol):
         """On the report-test split."""
 
 
+class Write(Protocol):
+    def __call__(self, grown: Grown) -> Array:
+        """What the committed network writes after the data's prompt, i32[length]; i32[0] of images."""
+
+
 class Env(NamedTuple):
     """Pure functions of one environment; `vmap` or `lax.map` them over many."""
 
@@ -67,6 +72,7 @@ class Env(NamedTuple):
     step: Step
     observe: Observe
     report: Report
+    write: Write
     n_slots: int
     n_features: int
 
@@ -135,4 +141,9 @@ def make_env(cfg: Config, dataset: AnyDataset, weights: RewardWeights | None = N
     def report(grown: Grown) -> Evaluation:
         return transition.measure(setting, grown.model, grown.slots, dataset.test)
 
-    return Env(init, reset, step, observe, report, setting.n_slots, observation.size(space))
+    def write(grown: Grown) -> Array:
+        if dataset.prompt is None:
+            return jnp.zeros(0, jnp.int32)
+        return generation.write(grown.model, grown.slots, dataset.prompt, dtype=cfg.training.compute_dtype)
+
+    return Env(init, reset, step, observe, report, write, setting.n_slots, observation.size(space))

@@ -21,13 +21,6 @@ from esper_jax.network import model as networks
 from esper_jax.network.model import Model
 from esper_jax.types import Array, SlotState, Stage
 
-MOST_PERPLEXITY_LOSS = 20.0  # nats; from there on the reference calls it infinite
-
-
-def perplexity(loss: Array) -> Array:
-    """exp of a mean cross-entropy in nats; infinite from a loss of 20 on (training_and_ppo)."""
-    return jnp.where(loss < MOST_PERPLEXITY_LOSS, jnp.exp(loss), jnp.inf)
-
 
 @struct.dataclass
 class Evaluation:

@@ -31,11 +31,12 @@ VANISHING_NORM, EXPLODING_NORM = 1e-7, 10.0  # per parameter tensor
 NORM_FLOOR = 1e-8  # gradients shorter than this give no ratio
 MAX_GRADIENT_RATIO = 10.0
 GRADIENT_EMA = 0.9
+SECOND_MOMENT = 0.95  # Adam's decay of the squared gradients, as usual for language models
 
 
 @struct.dataclass
 class OptimiserState:
-    """SGD momentum of the host and of every seed."""
+    """Moments of the gradients, of the host and of every seed."""
 
     host: Any
     seeds: tuple[Any, ...]
@@ -62,13 +63,17 @@ class EpochMetrics:
 
 
 def host_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
-    """SGD with momentum and L2 decay that enters the momentum, as PyTorch's."""
+    """SGD with momentum and L2 decay that enters the momentum, as PyTorch's; or AdamW (Loshchilov and Hutter, 2019)."""
+    if cfg.optimiser == "adamw":
+        return optax.adamw(cfg.host_lr, b1=cfg.momentum, b2=SECOND_MOMENT, weight_decay=cfg.host_weight_decay)
     sgd = optax.sgd(cfg.host_lr, momentum=cfg.momentum)
     return optax.chain(optax.add_decayed_weights(cfg.host_weight_decay), sgd)
 
 
 def seed_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
-    """SGD with momentum, no decay."""
+    """The same without decay."""
+    if cfg.optimiser == "adamw":
+        return optax.adam(cfg.seed_lr, b1=cfg.momentum, b2=SECOND_MOMENT)
     return optax.sgd(cfg.seed_lr, momentum=cfg.momentum)
 
 

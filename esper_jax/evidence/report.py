@@ -19,6 +19,7 @@ def page(
     pictures: dict[Path, str],
     card: dict[str, Any],
     meant: str | None = None,
+    samples: str = "",
 ) -> str:
     """The HTML page of a run.
 
@@ -27,6 +28,7 @@ def page(
       meant: data that were meant and are not these, said loudly.
       pictures: PNG files and their captions; they are put into the page.
       card: the run card (run.json).
+      samples: what networks wrote, of text.
     """
     esc = html.escape
     head = "".join(f"<th>{esc(column)}</th>" for column in columns)
@@ -37,6 +39,7 @@ def page(
         for path, caption in pictures.items()
     )
     warning = f'<p class="loud">Data: {esc(card["data"]["name"])}, not {esc(meant)}.</p>\n' if meant else ""
+    written = f"<h2>Samples</h2>\n<pre>{esc(samples)}</pre>\n" if samples else ""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -50,14 +53,14 @@ th:first-child, td:first-child {{ text-align: left; }}
 figure {{ margin: 2rem 0; }} img {{ max-width: 100%; }} figcaption, .note {{ color: #555; font-size: .9rem; }}
 .claim {{ border-left: .25rem solid #0072b2; padding: .25rem 1rem; }}
 .loud {{ background: #d55e00; color: #fff; padding: .25rem 1rem; font-weight: bold; }}
-pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; }}
 </style>
 <h1>{esc(title)}</h1>
 {warning}<p class="claim">{esc(claim)}</p>
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table>
 <p class="note">{"<br>".join(map(esc, notes))}</p>
-{figures}<h2>Run card</h2>
+{figures}{written}<h2>Run card</h2>
 <pre>{esc(json.dumps(card, indent=2))}</pre>
 </html>
 """

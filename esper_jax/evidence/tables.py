@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED
 from esper_jax.evidence.statistics import METHOD, crossed_interval, signed, verdict
-from esper_jax.metric import Metric
+from esper_jax.metric import Metric, perplexity
 
 
 def columns(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
@@ -27,8 +27,14 @@ def notes(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
         f"test {unit}, differences, params (relative to the bare host): of what was kept (fossilised).",
         f"final {unit}: of the network as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is",
         "better. kept: seeds per environment.",
-        *([] if metric.higher_is_better else [f"{unit}: {metric.name}, lower is better."]),
+        *([] if metric.higher_is_better else [f"{unit}: {metric.name}, lower is better. {_bare(metrics)}"]),
     )
+
+
+def _bare(metrics: dict[str, np.ndarray]) -> str:
+    """The bare host's other numbers."""
+    loss, right = (by_arm(metrics, f"test_committed_{name}")[BASELINE].mean() for name in ("loss", "accuracy"))
+    return f"{BASELINE}: {loss:.2f} nats, perplexity {perplexity(loss):.1f}, {right:.1f} % of the tokens right."
 
 
 def by_arm(metrics: dict[str, np.ndarray], field: str) -> dict[str, np.ndarray]:
@@ -103,6 +109,28 @@ def sentence(metrics: dict[str, np.ndarray], data: str, meant: str | None = None
     metric = metric_of(metrics)
     kept, size = values(metrics), sizes(metrics)
     return verdict(kept, size, learned=LEARNED, baseline=BASELINE, data=data, metric=metric, meant=meant)
+
+
+def samples(metrics: dict[str, np.ndarray], prompt: str, text: Callable[[np.ndarray], str]) -> str:
+    """What the bare and the learned networks of the first environment write after a prompt; empty for images.
+
+    Args:
+      text: of tokens.
+    """
+    if "arms/text" not in metrics:
+        return ""
+    metric, kept = metric_of(metrics), measured(metrics)
+    parts = [
+        "What networks of the first environment write, each token drawn with the same dice for all (of what was kept).",
+        f"The prompt is where the report-test block begins:\n\n{prompt}",
+    ]
+    for arm in (BASELINE, *LEARNED):
+        for a in np.flatnonzero(metrics["arms/names"] == arm):
+            policy = f" {metrics['arms/policy_seed'][a]}" if arm in LEARNED else ""
+            fossils = int(metrics["arms/fossilised"][a, 0])
+            facts = f"{kept[a, 0]:.{metric.digits}f} {metric.unit}, {fossils} seed{'s' * (fossils != 1)} kept"
+            parts.append(f"--- {arm}{policy}: {facts}\n\n{text(metrics['arms/text'][a, 0])}")
+    return "\n\n".join(parts) + "\n"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -270,10 +270,15 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
         text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
         records.write_text(out / "summary.txt", text)
+        dataset = job.train.dataset
+        prompt = "" if dataset.prompt is None else dataset.text(dataset.prompt)
+        if samples := tables.samples(metrics, prompt, dataset.text):
+            records.write_text(out / "samples.txt", samples)
         shown = pictures(job, metrics)
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        records.write_text(out / "report.html", report.page(title, columns, rows, notes, claim, shown, card, job.meant))
+        page = report.page(title, columns, rows, notes, claim, shown, card, job.meant, samples)
+        records.write_text(out / "report.html", page)
         records.write_json(out / "run.json", card)  # last: it says that all is there
     console.table(columns, rows)
     for line in (*notes, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):

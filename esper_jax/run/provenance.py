@@ -63,7 +63,8 @@ def same_data(identity: str, other: str) -> bool:
 def computed(cfg: Config) -> dict[str, Any]:
     """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this."""
     fields = {name: value for name, value in cfg.to_dict().items() if name not in NOT_COMPUTED}
-    return fields | {"data": {name: value for name, value in fields["data"].items() if name != "data_dir"}}
+    places = ("data_dir", "files")
+    return fields | {"data": {name: value for name, value in fields["data"].items() if name not in places}}
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P],
                      arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A],
-                     arms/blueprints [N] (names by number)
+                     arms/blueprints [N] (names by number), arms/text [A, E, tokens] (what networks of text wrote)
     lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
     outcomes.csv     one row per (arm, policy, environment) of the comparison
 
@@ -94,6 +94,7 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
         test = jax.device_get(result.test)
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
+        arrays |= {"text": result.text} if result.text.size else {}
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
         if name not in LEARNED:  # a rule predicts nothing
             arrays["value"] = np.full_like(arrays["value"], np.nan)

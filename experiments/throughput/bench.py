@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from esper_jax import data, make_env
-from esper_jax.config import Config, TrainingConfig
+from esper_jax.config import Config, TextConfig, TrainingConfig
 from esper_jax.env import host_training
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
@@ -161,6 +161,7 @@ class Size:
     slot_counts: tuple[int, ...]  # S of the evaluation table
     matrix: int  # side of the measured matrix product
     copied: int  # elements of the measured copy
+    text: dict[str, TextConfig]  # what the table of language models measures
     learning: Config  # whose final accuracies two precisions are compared by
     repeats: int
     seconds: float  # a comparison that takes longer stops after LEAST_RUNS runs
@@ -172,7 +173,7 @@ class Bench:
 
     size: Size
     cfg: Config
-    dataset: data.Dataset
+    dataset: data.AnyDataset
 
     def measure(self, runs: dict[Any, Callable[[], Any]]) -> dict[Any, np.ndarray]:
         return interleaved(runs, self.size.repeats, self.size.seconds)
@@ -186,9 +187,9 @@ class Bench:
         return math.gcd(envs // self.n_devices(envs), chunk or self.cfg.env_chunk)
 
     def indices(self, envs: int, batches: int, batch_size: int) -> jax.Array:
-        """Which images to train on."""
+        """Which images to train on, or where windows of text start."""
         shape = (envs, batches, batch_size)
-        return jnp.asarray(np.random.default_rng(1).integers(0, self.size.train_images, shape), jnp.int32)
+        return jnp.asarray(np.random.default_rng(1).integers(0, self.dataset.train_size, shape), jnp.int32)
 
     def epoch_args(self, states) -> tuple:
         """Arguments of an `env_epoch`."""
@@ -215,9 +216,10 @@ def random_dataset(size: int, train: int, validation: int, channels: int = 3) ->
     )  # fmt: skip
 
 
-def fetch_plain(dataset: data.Dataset, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fetch_plain(dataset: data.AnyDataset, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A training batch as the product makes it, not augmented."""
-    return data.train_batch(jax.random.key(0), dataset.replace(augment=False), indices)
+    plain = dataset.replace(augment=False) if isinstance(dataset, data.Dataset) else dataset
+    return plain.batch(jax.random.key(0), indices)
 
 
 # --- populations -----------------------------------------------------------------------------------------------------

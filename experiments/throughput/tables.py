@@ -9,6 +9,7 @@
     roofline     FLOPs and bytes counted from the layers against a measured matrix product and copy
     incumbent    the same host in a plain PyTorch loop, where torch is installed
     precision    what hosts learn in bfloat16, minus what the same hosts learn in float32
+    text         language models: training against PyTorch, cost of growth, all configurations
 
 What is compared runs alternately (A B A B ...) and a ratio is taken within each pair, so that a machine that slows
 down slows both. `spread` is the distance between the quartiles, `n` the number of runs. Images and labels are random
@@ -44,7 +45,17 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_jax import data, make_train, presets
-from esper_jax.config import Config, DataConfig, HostConfig, LifecycleConfig, PPOConfig, TrainingConfig
+from esper_jax.config import (
+    Config,
+    DataConfig,
+    HostConfig,
+    LifecycleConfig,
+    PPOConfig,
+    TextConfig,
+    TextDataConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 from esper_jax.control.arms import default_controllers
 from esper_jax.env import attribution, evaluation, host_training, observation, reward
 from esper_jax.evidence.statistics import mean_interval
@@ -96,25 +107,40 @@ def _learning(cfg: Config) -> Config:
     return cfg.replace(policy_seeds=1, n_envs=32, report_envs=32, env_chunk=min(cfg.env_chunk, 32))
 
 
+def _language_model(width: int, length: int, batch_size: int) -> TextConfig:
+    """Three layers, a slot after each."""
+    return presets.text("quick").replace(
+        host=TransformerConfig(width=width, n_heads=4, n_layers=3, n_segments=3, block_size=length, dropout=0.0),
+        data=TextDataConfig(window=length, validation_windows=64),
+        **{"training.batch_size": batch_size, "training.clip_norm": 1.0},
+    )
+
+
 SIZES = {
     "cpu": Size(
         cfg=Config(data=DataConfig(), n_envs=8, report_envs=8), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64), largest_epoch=4, chunks=(1, 4), images_per_run=16_384,
         growth_envs=4, growth_batches=6, evaluation_envs=2, slot_counts=(1, 2, 3, 4),
-        matrix=1024, copied=2**25, learning=_learning(presets.get("quick", "digits")), repeats=7, seconds=20,
+        matrix=1024, copied=2**25,
+        text={"width_32": _language_model(32, 64, 16), "width_128": _language_model(128, 64, 16)},
+        learning=_learning(presets.get("quick", "digits")), repeats=7, seconds=20,
     ),
     "gpu": Size(
         cfg=presets.get("full", "cifar10").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64, 256, 1024), largest_epoch=1024, chunks=(16, 64, 256), images_per_run=2**21,
         growth_envs=64, growth_batches=24, evaluation_envs=8, slot_counts=(1, 2, 3, 4),
-        matrix=8192, copied=2**28, learning=_learning(presets.get("full", "shapes")), repeats=7, seconds=30,
+        matrix=8192, copied=2**28,
+        text={"width_384": _language_model(384, 256, 32)},
+        learning=_learning(presets.get("full", "shapes")), repeats=7, seconds=30,
     ),
     # a minute for the tests: its numbers mean nothing
     "tiny": Size(
         cfg=_TINY,
         image_size=8, train_images=64, populations=(1, 4), largest_epoch=4, chunks=(1,), images_per_run=64,
         growth_envs=4, growth_batches=2, evaluation_envs=2, slot_counts=(1, 2),
-        matrix=64, copied=1024, learning=_learning(_TINY.replace(data=_FEW_DIGITS)),
+        matrix=64, copied=1024,
+        text={"width_8": _language_model(8, 8, 2)},
+        learning=_learning(_TINY.replace(data=_FEW_DIGITS)),
         repeats=1, seconds=1,
     ),
 }  # fmt: skip
@@ -217,8 +243,10 @@ def evaluation_table(bench: Bench) -> Iterator[Row]:
         yield from _evaluation_rows(dataclasses.replace(bench, cfg=cfg), n_slots)
 
 
-def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
-    emit = functools.partial(row, "evaluation")
+def _evaluation_rows(
+    bench: Bench, n_slots: int, table: str = "evaluation", prefix: str = "", blueprint: str = "conv_light"
+) -> Iterator[Row]:
+    emit = lambda name, *values: row(table, prefix + name, *values)
     dtype, tile_pixels = bench.cfg.training.compute_dtype, bench.cfg.training.tile_pixels
     envs = bench.size.evaluation_envs
     chunk = bench.chunk(envs)
@@ -228,14 +256,14 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
 
     def fused(dataset, models, records, axis_name):
         split = dataset.validation
-        prepare = lambda images: data.normalise(dataset, images).astype(dtype)
-        one = lambda env: evaluation.evaluate(*env, split.images, split.labels, prepare, tile_pixels=tile_pixels)
+        how = {"metric": dataset.metric(split), "tile_pixels": tile_pixels, "dtype": dtype}
+        one = lambda env: evaluation.evaluate(*env, split.inputs, split.labels, dataset.prepare, **how)
         return over_environments(one, (models, records), chunk)
 
     def correct(env, dataset, alpha):
         split = dataset.validation
-        x = data.normalise(dataset, split.images).astype(dtype)
-        logits, _ = networks.forward(*env, x, alpha, tile_pixels=tile_pixels)
+        x = dataset.prepare(split.inputs)
+        logits, _ = networks.forward(*env, x, alpha, tile_pixels=tile_pixels, dtype=dtype)
         return (logits.argmax(-1) == split.labels).sum()
 
     def forward(dataset, models, records, alpha, axis_name):
@@ -245,7 +273,7 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
         one = lambda env: jax.vmap(lambda alpha: correct(env, dataset, alpha))(alphas)
         return over_environments(one, (models, records), chunk)
 
-    states = uniform(bench, envs, "conv_light", n_slots)
+    states = uniform(bench, envs, blueprint, n_slots)
     args = (bench.dataset, states.model, states.slots)
     n, specs = bench.n_devices(envs), (REPLICATED, SHARDED, SHARDED)
     plain = build(forward, n, (*specs, REPLICATED), *args, override[-1])
@@ -257,10 +285,47 @@ def _evaluation_rows(bench: Bench, n_slots: int) -> Iterator[Row]:
         "loop": lambda: [jax.block_until_ready(run()) for run in each],
     }
     times = bench.measure(runs)
-    images = envs * bench.dataset.validation.labels.size
-    yield emit(f"S{n_slots}_forward_images_per_s", images / times["forward"], "images/s")
+    labels, what = bench.dataset.validation.labels, "images" if bench.dataset.classes else "tokens"
+    yield emit(f"S{n_slots}_forward_{what}_per_s", envs * labels.size / times["forward"], f"{what}/s")
     for name in ("fused", "vmapped", "loop"):
         yield emit(f"{name}_{2**n_slots}_over_forward", times[name] / times["forward"], "ratio")
+
+
+def text_table(bench: Bench) -> Iterator[Row]:
+    """Language models: training relative to an eager PyTorch loop, cost of growth, all configurations of the slots."""
+    for name, cfg in bench.size.text.items():
+        small = dataclasses.replace(bench, cfg=cfg, dataset=data.load(cfg.data))
+        emit = lambda what, *values, name=name: row("text", f"{name}_{what}", *values)
+        envs, batches, t, host = bench.size.growth_envs, bench.size.growth_batches, cfg.training, cfg.host
+        chunk, n_slots = small.chunk(envs), len(cfg.host.slot_names)
+        alone, alone_args = bare_train(small, envs, batches, chunk)
+        args = lambda states, alone_args=alone_args: (
+            *(alone_args[0], states.model, states.optimiser, states.slots), alone_args[-1],
+        )  # fmt: skip
+        states = {"slots_empty": empty(small, envs)}
+        states |= {f"{kind}_{n_slots}": uniform(small, envs, kind, n_slots) for kind in ("mlp", "attention")}
+        program = train_program(small, args(states["slots_empty"]), chunk, t)
+        runs = {"bare": alone.bind(*alone_args)} | {kind: program.bind(*args(state)) for kind, state in states.items()}
+        tokens = batches * t.batch_size * cfg.data.window
+        with contextlib.ExitStack() as stack:
+            if importlib.util.find_spec("torch") is not None:
+                settings = {
+                    "device": "cuda" if jax.default_backend() == "gpu" else "cpu", "threads": devices.usable_cpus(),
+                    "vocabulary": small.dataset.outputs, "width": host.width, "heads": host.n_heads,
+                    "layers": host.n_layers, "length": cfg.data.window, "batch_size": t.batch_size,
+                    "train_batches": batches,
+                }  # fmt: skip
+                runs["torch"] = functools.partial(stack.enter_context(_processes(settings, 1)), "train")
+            times = small.measure(runs)
+        ours = envs * tokens / times["bare"]
+        yield emit("bare_train_tokens_per_s", ours, "tokens/s")
+        if "torch" in times:
+            yield emit("bare_train_over_torch_eager", ours * times["torch"] / tokens, "ratio")
+        else:
+            yield Row("text", f"{name}_bare_train_over_torch_eager", None, "not measured: no torch", 0, None)
+        for kind in states:
+            yield emit(f"{kind}_over_bare", times[kind] / times["bare"], "ratio")
+        yield from _evaluation_rows(small, n_slots, "text", f"{name}_", "mlp")
 
 
 def learner_table(bench: Bench) -> Iterator[Row]:
@@ -489,7 +554,7 @@ def _small_hosts(bench: Bench, emit: Callable, common: dict) -> Iterator[Row]:
 def _processes(settings: dict, count: int) -> Iterator[Callable[[str], float]]:
     """So many PyTorch processes; yields a function that lets all of them do a piece of work and returns the seconds."""
     command = [sys.executable, "-m", "experiments.throughput.torch_loop", json.dumps(settings)]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(command, cwd=root, **pipes) for _ in range(count)]
 
@@ -526,6 +591,7 @@ TABLES = {
     "roofline": roofline_table,
     "incumbent": incumbent_table,
     "precision": precision_table,
+    "text": text_table,
 }
 
 
@@ -556,7 +622,7 @@ def main(
     preset: Literal["cpu", "gpu", "tiny"] | None = None,
     out: Path | None = None,
     tables: tuple[
-        Literal["population", "growth", "evaluation", "learner", "roofline", "incumbent", "precision"], ...
+        Literal["population", "growth", "evaluation", "learner", "roofline", "incumbent", "precision", "text"], ...
     ] = (),
     repeats: int | None = None,
 ) -> None:

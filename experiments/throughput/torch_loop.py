@@ -1,6 +1,6 @@
 """The incumbent that the throughput benchmark compares with: the same host and seeds, trained by a plain PyTorch loop.
 
-    python -m experiments.throughput.torch_loop '{"threads": 2, ...}'      (see `Settings`)
+    python -m experiments.throughput.torch_loop '{"threads": 2, ...}'      (see `Settings` and `TextSettings`)
 
 A process of its own, so that two of them can run side by side and measurements can alternate with other programs: it
 prints `ready`, then, for each line that it reads (`train` or `epoch`), how many seconds that work took. One environment
@@ -35,6 +35,19 @@ class Settings:
     train_batches: int  # of the work `train`: bare host
     epoch_batches: int  # of the work `epoch`: one environment with a conv_light in every slot, and its evaluation
     seeds: bool  # whether `epoch` will be asked for
+
+
+@dataclass
+class TextSettings:
+    threads: int
+    device: str
+    vocabulary: int
+    width: int
+    heads: int
+    layers: int
+    length: int  # tokens of a sequence
+    batch_size: int  # sequences
+    train_batches: int
 
 
 class Block(nn.Module):
@@ -164,11 +177,74 @@ class Incumbent:
             self._evaluate(self.grown)
 
 
+class Layer(nn.Module):
+    """A layer of a pre-norm decoder."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h):
+        n, length, width = h.shape
+        split = lambda x: x.view(n, length, self.heads, width // self.heads).transpose(1, 2)
+        q, k, v = map(split, self.qkv(self.attention_norm(h)).chunk(3, dim=-1))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, width)
+        h = h + self.attention_out(heads)
+        return h + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(h))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, settings: TextSettings):
+        super().__init__()
+        self.tokens = nn.Embedding(settings.vocabulary, settings.width)
+        self.positions = nn.Embedding(settings.length, settings.width)
+        nn.init.normal_(self.tokens.weight, 0, 0.02)
+        self.layers = nn.ModuleList(Layer(settings.width, settings.heads) for _ in range(settings.layers))
+        self.norm = nn.LayerNorm(settings.width)
+
+    def forward(self, x):
+        h = self.tokens(x) + self.positions.weight
+        for layer in self.layers:
+            h = layer(h)
+        return F.linear(self.norm(h), self.tokens.weight)
+
+
+class TextIncumbent:
+    def __init__(self, settings: TextSettings):
+        self.settings, self.device = settings, torch.device(settings.device)
+        self.text = torch.randint(0, settings.vocabulary, (100_000,), device=self.device)
+        self.network = Decoder(settings).to(self.device)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=5e-4)
+
+    def work(self, name: str) -> None:
+        """`train`, the only work there is."""
+        length, batch = self.settings.length, self.settings.batch_size
+        line = torch.arange(length + 1, device=self.device)
+        loss_sum = correct = 0
+        for _ in range(self.settings.train_batches):
+            starts = torch.randint(0, len(self.text) - length, (batch, 1), device=self.device)
+            windows = self.text[starts + line]
+            x, labels = windows[:, :-1], windows[:, 1:]
+            self.optimiser.zero_grad()
+            logits = self.network(x)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimiser.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(-1) == labels).sum()
+        float(loss_sum), float(correct)
+
+
 def main() -> None:
-    settings = Settings(**json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    settings = (TextSettings if "vocabulary" in given else Settings)(**given)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    incumbent = Incumbent(settings)
+    incumbent = (TextIncumbent if "vocabulary" in given else Incumbent)(settings)
     print("ready", flush=True)
     for line in sys.stdin:
         start = time.perf_counter()

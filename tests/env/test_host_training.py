@@ -223,14 +223,32 @@ def test_reset_momentum():
     assert tiny.equal(host_training.reset_momentum(state, yes, yes).host, state.host)
 
 
-def test_the_optimisers_are_pytorch_s():
-    """Two steps from p = 1 with g = 0.5: m = 0.5 (+ decay), then 0.9 m + 0.5."""
-    cfg = TrainingConfig(host_lr=0.1, seed_lr=0.2, host_weight_decay=0.1)
-    for optimiser, expected in (
-        (host_training.host_optimiser(cfg), [0.94, 0.8266]),
-        (host_training.seed_optimiser(cfg), [0.9, 0.71]),
-    ):
-        # host: 0.5 + 0.1 = 0.6 -> 0.94; 0.54 + 0.5 + 0.094 = 1.134 -> 0.8266. seed: 0.5 -> 0.9; 0.95 -> 0.71
+def test_a_seed_without_gradient_keeps_its_adam_state_and_a_new_one_begins_with_none():
+    cfg = dataclasses.replace(FREE, optimiser="adamw")
+    made, _ = model()
+    begun = host_training.init(made, cfg)
+    _, state, *_ = batch(cfg)(made, begun, slots(S.GERMINATED), *images())  # only slot 1 takes part
+    count = lambda state, s: [int(leaf) for leaf in jax.tree.leaves(state.seeds[s]) if leaf.dtype == jnp.int32]
+    assert tiny.equal(state.seeds[0], begun.seeds[0]) and (count(state, 0), count(state, 1)) == ([0], [1])
+    reset = host_training.reset_momentum(state, jnp.array([False, True]), jnp.zeros(2, bool))
+    assert tiny.equal(reset.seeds[1], begun.seeds[1]) and tiny.equal(reset.host, state.host)
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "seed"),
+    [
+        # m = 0.5 (+ decay), then 0.9 m + 0.5. host: 0.5 + 0.1 = 0.6 -> 0.94; 0.54 + 0.5 + 0.094 = 1.134 -> 0.8266.
+        # seed: 0.5 -> 0.9; 0.95 -> 0.71
+        ("sgd", [0.94, 0.8266], [0.9, 0.71]),
+        # a constant gradient over the root of its mean square is 1. host: 1 + 0.1 p: 1 - 0.11 = 0.89;
+        # 0.89 - 0.1 x 1.089 = 0.7811. seed: 0.2 less each time
+        ("adamw", [0.89, 0.7811], [0.8, 0.6]),
+    ],
+)
+def test_the_optimisers_are_pytorch_s(name, host, seed):
+    """Two steps from p = 1 with g = 0.5."""
+    cfg = TrainingConfig(optimiser=name, host_lr=0.1, seed_lr=0.2, host_weight_decay=0.1)
+    for optimiser, expected in ((host_training.host_optimiser(cfg), host), (host_training.seed_optimiser(cfg), seed)):
         p = jnp.float32(1)
         state = optimiser.init(p)
         for value in expected:

@@ -222,6 +222,25 @@ def test_table():
     assert len(text) == 5 and text[0].startswith("arm") and len({line.rindex(" ") for line in text[1:]}) == 1
 
 
+def test_samples_of_the_bare_and_the_learned_networks():
+    arrays = run_arrays(metric=bits_per_character(64))
+    assert tables.samples(arrays, "", str) == ""  # of images
+    arrays["arms/text"] = np.arange(5)[:, None, None] + np.zeros((5, 6, 2), int)  # arm a writes "aa"
+    arrays["arms/test_committed_loss"][:, 0] = np.log(2)  # a bit
+    never, first, second = tables.samples(arrays, "Once", lambda tokens: "".join(map(str, tokens))).split("--- ")[1:]
+    assert never == "never: 1.000 bits, 0 seeds kept\n\n00\n\n"
+    assert first == "policy 0: 1.000 bits, 1 seed kept\n\n33\n\n" and second.startswith("policy 1: 1.000 bits, 0 seeds")
+
+
+def test_notes_of_a_language_model_tell_its_other_numbers():
+    arrays = run_arrays(metric=bits_per_character(64))
+    arrays["arms/test_committed_loss"][0] = np.log(8)
+    arrays["arms/test_committed_accuracy"][0] = 40
+    # ln 8 = 2.08 nats, the perplexity of a choice among eight
+    assert "never: 2.08 nats, perplexity 8.0, 40.0 % of the tokens right." in tables.notes(arrays)[-1]
+    assert not any("perplexity" in note for note in tables.notes(run_arrays()))
+
+
 def test_table_of_one_environment_has_no_intervals():
     for row in tables.table(run_arrays(envs=1)):
         assert not re.search(r"±|\*|nan", " ".join(row))

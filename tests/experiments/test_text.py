@@ -23,9 +23,9 @@ def story(tmp_path):
 
 
 def test_options_become_a_configuration(story):
-    chosen = text.parse(["--preset", "smoke", "--text", str(story), "--training.epochs", "9", "--data.window", "32"])
+    chosen = text.parse(["--preset", "smoke", "--text", str(story), "--training.epochs", "9", "--data.window", "12"])
     expected = presets.text("smoke").replace(
-        **{"data.name": "files", "data.files": (str(story),), "training.epochs": 9, "data.window": 32}
+        **{"data.name": "files", "data.files": (str(story),), "training.epochs": 9, "data.window": 12}
     )
     assert chosen.config == expected and type(chosen.config) is TextConfig
     assert text.parse(["--preset", "quick"]).config == presets.text("quick")
@@ -45,11 +45,11 @@ def test_a_configuration_is_what_it_was_written_as():
         (["--text", "{story}", "--data", "topics"], "--text and --data: give one of them"),
         (["--text", "nowhere.txt"], "--text nowhere.txt: No such file or directory"),
         (["--text", "{story}", "--data.name", "topics"], "--data.name: give --text FILE... or --data instead"),
-        (["--data.window", "65"], "--data.window 65: must be at most 64, the host's block_size"),
+        (["--data.window", "65"], "--data.window 65: must be at most 16, the host's block_size"),
         (["--data.window", "400", "--host.block-size", "400", "--text", "{story}"],
          "data.window = 400: the validation block of story.txt has 354 tokens: must be more than a window"),
         (["--lifecycle.blueprints", "conv_light"], "must be one or more of norm, lora, lora_large, attention"),
-        (["--host.n-heads", "3"], "--host.n-heads 3: must be a divisor of width = 32"),
+        (["--host.n-heads", "3"], "--host.n-heads 3: must be a divisor of width = 20"),
         (["--host.width", "30", "--host.n-heads", "3", "--lifecycle.blueprints", "attention"],
          "attention at width 30: must be a multiple of its 4 heads"),
         (["--text", "{story}", "--data.tokens", "words"], "--data.tokens words: must be one of characters, bpe"),
@@ -80,4 +80,10 @@ def test_a_run_writes_its_files(tmp_path, story):
     assert card["status"] == "complete" and card["data"]["vocabulary"] == len(set(story.read_text()))
     summary = (tmp_path / "run" / "summary.txt").read_text()
     assert "test bits" in summary and "report-test bits per character of what was kept" in summary
-    assert text.main(["--resume", str(tmp_path / "run"), "--rounds", "2", "--quiet"]) == 0
+    samples = (tmp_path / "run" / "samples.txt").read_text()
+    prompt = story.read_text()[-354:][:16]  # where the last tenth of the text begins
+    assert samples.split("\n\n")[1] == prompt and samples.count("--- ") == 3  # never, policy, policy_greedy
+    assert "perplexity" in summary
+    moved = story.rename(tmp_path / "moved.txt")
+    resume = ["--resume", str(tmp_path / "run"), "--rounds", "2", "--quiet"]
+    assert text.main(resume) == 2 and text.main([*resume, "--text", str(moved)]) == 0

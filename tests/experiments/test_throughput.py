@@ -151,6 +151,17 @@ def _report(tmp_path, names):
     return {r["name"]: r for r in report["rows"]}
 
 
+def test_a_language_model_counts_tokens(tiny, monkeypatch):
+    """Times of a second each: E environments x batches x B windows x L tokens of training, W x L of validation."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench.Bench, "measure", lambda self, runs: dict.fromkeys(runs, np.ones(1)))
+    found = {r.name: r.value for r in tables.text_table(tiny)}
+    assert found["width_8_bare_train_tokens_per_s"] == 4 * 2 * 2 * 8
+    assert found["width_8_S3_forward_tokens_per_s"] == 2 * 64 * 8
+    assert found["width_8_mlp_3_over_bare"] == found["width_8_fused_8_over_forward"] == 1
+    assert found["width_8_bare_train_over_torch_eager"] is None
+
+
 def test_tables_are_printed_and_saved(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tables, "make_bench", lambda size: tiny)  # what it has compiled serves again
     rows = _report(tmp_path, ("growth",))
