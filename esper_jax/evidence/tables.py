@@ -112,13 +112,11 @@ def sentence(metrics: dict[str, np.ndarray], data: str, meant: str | None = None
 
 
 def samples(metrics: dict[str, np.ndarray], prompt: str, text: Callable[[np.ndarray], str]) -> str:
-    """What the bare and the learned networks of the first environment write after a prompt; empty for images.
+    """What the bare and the learned networks of the first environment write after a prompt.
 
     Args:
       text: of tokens.
     """
-    if "arms/text" not in metrics:
-        return ""
     metric, kept = metric_of(metrics), measured(metrics)
     parts = [
         "What networks of the first environment write, each token drawn with the same dice for all (of what was kept).",

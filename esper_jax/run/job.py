@@ -270,9 +270,9 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
         text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
         records.write_text(out / "summary.txt", text)
-        dataset = job.train.dataset
-        prompt = "" if dataset.prompt is None else dataset.text(dataset.prompt)
-        if samples := tables.samples(metrics, prompt, dataset.text):
+        dataset, samples = job.train.dataset, ""
+        if dataset.prompt is not None:
+            samples = tables.samples(metrics, dataset.text(dataset.prompt), dataset.text)
             records.write_text(out / "samples.txt", samples)
         shown = pictures(job, metrics)
         seconds = console.durations | {"total": console.elapsed()}

@@ -224,7 +224,6 @@ def test_table():
 
 def test_samples_of_the_bare_and_the_learned_networks():
     arrays = run_arrays(metric=bits_per_character(64))
-    assert tables.samples(arrays, "", str) == ""  # of images
     arrays["arms/text"] = np.arange(5)[:, None, None] + np.zeros((5, 6, 2), int)  # arm a writes "aa"
     arrays["arms/test_committed_loss"][:, 0] = np.log(2)  # a bit
     never, first, second = tables.samples(arrays, "Once", lambda tokens: "".join(map(str, tokens))).split("--- ")[1:]
