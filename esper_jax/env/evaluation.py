@@ -71,61 +71,65 @@ def evaluate(
         position, count = networks.distinct_configurations(live)
         main, kept = count - 1, attribution.committed(position, fossil)
         rows = 2**n_slots
-        measure = lambda x: networks.forward_all_configurations(model, state, x, dtype=dtype)
+        forward = lambda x, read: networks.forward_all_configurations(model, state, x, read, dtype=dtype)
     else:
         on = jnp.concatenate([jnp.asarray(attribution.configurations(n_slots)), fossil[None]])
         main, rows = 0, on.shape[0]
         kept, position = rows - 1, jnp.arange(rows - 1, dtype=jnp.int32)
-        measure = lambda x: _forward_listed(model, state, x, on, live, dtype)
-    counted = metric.per_nat is None  # then scores are of accuracies, else of losses
+        forward = lambda x, read: _forward_listed(model, state, x, read, on, live, dtype)
 
     def step(sums, entry):
         rows_of_tile, weight = entry
         label = labels[rows_of_tile]
-        logits = measure(prepare(inputs[rows_of_tile]))  # [rows, n, ..., outputs]
         weight = jnp.expand_dims(weight, tuple(range(1, label.ndim)))  # of an example, for each of its labels
-        right = lambda logits, label, weight: (logits.argmax(-1) == label).astype(jnp.float32) * weight
-        loss = lambda logits, label, weight: _cross_entropy(logits, label) * weight
-        # the scores need all rows, the other number two
-        of_all = lambda fun: fun(logits, label[None], weight[None]).sum(tuple(range(1, 1 + label.ndim)))
-        of_two = lambda fun: jnp.stack([fun(logits[row], label, weight).sum() for row in (main, kept)])
-        new = (of_all(right), of_two(loss)) if counted else (of_two(right), of_all(loss))
+        read = lambda logits: jnp.stack([top_1(logits, label), _cross_entropy(logits, label)]) * weight
+        correct, nats = forward(prepare(inputs[rows_of_tile]), read).swapaxes(0, 1)  # each [rows, n, ...]
+        new = [each.sum(tuple(range(1, each.ndim))) for each in (correct, nats)]
         if classes:
             member = jax.nn.one_hot(label, classes, dtype=jnp.float32) * weight[:, None]
-            new = (*new, right(logits[main], label, weight) @ member, member.sum(0))
+            new += [correct[main] @ member, member.sum(0)]
         return jax.tree.map(jnp.add, sums, new), None
 
-    sizes = ((rows, 2) if counted else (2, rows)) + (classes, classes) * bool(classes)
-    zeros = tuple(jnp.zeros(length, jnp.float32) for length in sizes)
+    zeros = [jnp.zeros(length, jnp.float32) for length in (rows, rows) + (classes, classes) * bool(classes)]
     (correct, nats, *by_class), _ = lax.scan(step, zeros, (index, weights))
     accuracy, loss = 100.0 * correct / labels.size, nats / labels.size
-    scores = metric.score(accuracy, loss)  # of all rows
-    two = jnp.stack([jnp.asarray(row, jnp.int32) for row in (main, kept)])
-    accuracy, loss = (accuracy[two], loss) if counted else (accuracy, loss[two])
+    scores = metric.score(accuracy, loss)
     of_class, in_class = by_class or (jnp.zeros(0, jnp.float32),) * 2
     return Evaluation(
-        loss=loss[0],
-        accuracy=accuracy[0],
+        loss=loss[main],
+        accuracy=accuracy[main],
         score=scores[main],
         table=scores[position],
-        committed_loss=loss[1],
-        committed_accuracy=accuracy[1],
+        committed_loss=loss[kept],
+        committed_accuracy=accuracy[kept],
         committed_score=scores[kept],
         per_class=100.0 * of_class / jnp.maximum(in_class, 1),
         per_class_valid=in_class > 0,
     )
 
 
+def top_1(logits: Array, labels: Array) -> Array:
+    """1 where the label is the first of the largest of the `[..., outputs]`, else 0: f32 of the labels' shape.
+
+    As `argmax` would say, which compilers do not vectorise. A row with NaN is wrong.
+    """
+    before = jnp.arange(logits.shape[-1], dtype=jnp.int32) < labels[..., None]
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    return jnp.where(before, logits < picked, logits <= picked).all(-1).astype(jnp.float32)
+
+
 def _cross_entropy(logits: Array, labels: Array) -> Array:
-    """In nats, of `[..., outputs]` and i32 labels of a shape that spreads over the rest."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(labels, logits.shape[:-1]))
+    """In nats, of `[..., outputs]`; f32 of the labels' shape."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def _forward_listed(model: Model, state: SlotState, x: Array, on: Array, live: Array, dtype: str) -> Array:
-    """Logits under a list of on/off patterns bool[K, S], one after the other, `f32[K, N, classes]`."""
+def _forward_listed(
+    model: Model, state: SlotState, x: Array, read: Callable[[Array], Array], on: Array, live: Array, dtype: str
+) -> Array:
+    """What `read` makes of the logits under a list of on/off patterns bool[K, S], one after the other: `[K, ...]`."""
 
     def one(pattern):
         override = jnp.where(live & ~pattern, 0.0, jnp.nan)
-        return networks.forward(model, state, x, override, dtype=dtype)[0]
+        return read(networks.forward(model, state, x, override, dtype=dtype)[0])
 
     return lax.map(one, on)

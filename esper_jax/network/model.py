@@ -135,14 +135,21 @@ def distinct_configurations(live: Array) -> tuple[Array, Array]:
     return position, 2 ** live.sum(dtype=jnp.int32)
 
 
-def forward_all_configurations(model: Model, state: SlotState, x: Array, *, dtype: str = "float32") -> Array:
-    """Logits of a batch, taken as one tile, under all different on/off patterns of the live slots: f32
-    `[2^S, B, ..., outputs]`.
+def forward_all_configurations(
+    model: Model,
+    state: SlotState,
+    x: Array,
+    measure: Callable[[Array], Array] = lambda logits: logits,
+    *,
+    dtype: str = "float32",
+) -> Array:
+    """Logits f32 `[B, ..., outputs]` of a batch, taken as one tile, under all different on/off patterns of the live
+    slots, or what `measure` makes of them: `[2^S, ...]`.
 
     Prefixes are shared: a segment runs once for every different pattern of the live slots before it, so three live
     slots cost 1 + 2 + 4 segments and one final read-out each, not 8 networks, and a host without live slots one pass.
     Rows beyond the number of different patterns are undefined; `distinct_configurations` says which row is which
-    pattern.
+    pattern. `measure` sees one row at a time: 8 rows of logits over a vocabulary would not fit a cache.
     """
     controls = blend.controls(state, model.kinds)
     live = live_slots(model, state)
@@ -157,7 +164,7 @@ def forward_all_configurations(model: Model, state: SlotState, x: Array, *, dtyp
             control = jax.tree.map(lambda leaf, s=s: leaf[s], controls)
             features = _split(model.seeds[s], control, live[s], features, count)
             count = jnp.where(live[s], 2 * count, count)
-    return _map_first(model.host.read_out, features, count)
+    return _map_first(lambda x: measure(model.host.read_out(x)), features, count)
 
 
 def _map_first(fun, xs: Array, count: Array) -> Array:

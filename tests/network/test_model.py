@@ -179,6 +179,14 @@ def test_evaluate(images_per_tile):
     assert len(set(np.round(loss[jnp.array([0, 1, 4, 5])], 3).tolist())) == 4  # no other configuration would do
 
 
+def test_a_label_is_right_where_it_is_the_first_of_the_largest():
+    """A head of zeros says class 0 to everything, and one of NaN nothing."""
+    nan = np.nan
+    rows = [[0, 0, 0], [0, 0, 0], [1, 3, 3], [1, 3, 3], [1, 3, 2], [nan, nan, nan], [0, nan, 1]]
+    labels = jnp.array([0, 1, 1, 2, 1, 0, 2], jnp.int32)
+    np.testing.assert_array_equal(evaluation.top_1(jnp.array(rows, jnp.float32), labels), [1, 0, 1, 0, 1, 0, 0])
+
+
 def test_committed_loss_is_the_loss_where_nothing_or_everything_is_kept():
     """Bit for bit: the last value of an episode must not differ by rounding from the one before."""
     measure = evaluate(4)
