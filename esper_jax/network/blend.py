@@ -95,7 +95,7 @@ def gate_init(key: Array, width: int) -> Array:
 
 
 def gate_value(gate: Array, x: Array, layout: Layout) -> Array:
-    """sigmoid(W2 relu(W1 mean(x) + b1) + b2) for every example of a tile: f32 `[N]`."""
+    """sigmoid(W2 relu(W1 mean(x) + b1) + b2) for every column of `layout.average`: f32 `[N]`, or `[N L]` if causal."""
     c = layout.width(x)
     # C m + 2 m + 1 parameters determine m, so a gate of another hidden width (as in older records) can be read too
     hidden = (gate.size - 1) // (c + 2)
@@ -116,7 +116,7 @@ def blend(mode: Array, h: Array, s: Array, x: Array, alpha: Array, gate: Array, 
     alpha = alpha.astype(h.dtype)
     # selected rather than branched: all of this fuses into one pass over a cached tile, and compiles once
     opening = jnp.where(mode == GATE, gate_value(gate, x, layout), 1).astype(h.dtype)
-    weight = layout.per_example(alpha * opening)
+    weight = layout.spread(alpha * opening, h)
     # the form that is exact at its end of the range
     mixed = jnp.where(weight < 0.5, h + weight * (s - h), s - (s - h) * (1 - weight))
     multiplied = h * (1 + alpha * jnp.tanh(s - x))

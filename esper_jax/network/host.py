@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     channel_axis: int
     example_axis: int
     rank: int
+    causal: bool = False  # a position may know of those before it and of itself alone
 
     @property
     def _positions(self) -> tuple[int, ...]:
@@ -38,12 +39,21 @@ class Layout(NamedTuple):
         return tile.shape[self.channel_axis]
 
     def average(self, tile: Array) -> Array:
-        """Mean over the positions of every example: f32 `[C, N]`."""
-        mean = tile.astype(jnp.float32).mean(self._positions)
+        """Mean over the positions of every example: f32 `[C, N]`; if causal, at each over those so far: `[C, N L]`."""
+        tile = tile.astype(jnp.float32)
+        if self.causal:
+            (axis,) = self._positions
+            count = jnp.arange(1, tile.shape[axis] + 1, dtype=jnp.float32)
+            so_far = jnp.cumsum(tile, axis) / jnp.expand_dims(count, [a for a in range(self.rank) if a != axis])
+            return jnp.moveaxis(so_far, self.channel_axis, 0).reshape(self.width(tile), -1)
+        mean = tile.mean(self._positions)
         return mean if self.channel_axis < self.example_axis else mean.T
 
-    def per_example(self, values: Array) -> Array:
-        """Numbers `[N]`, one for each example of a tile, shaped so that they spread over the tile."""
+    def spread(self, values: Array, tile: Array) -> Array:
+        """Numbers f32, one for each column of `average`, shaped so that they spread over the tile."""
+        if self.causal:
+            places = [size for axis, size in enumerate(tile.shape) if axis != self.channel_axis]
+            return jnp.expand_dims(values.reshape(places), self.channel_axis)
         return jnp.expand_dims(values, tuple(axis for axis in range(self.rank) if axis != self.example_axis))
 
     def from_tile(self, tile: Array) -> Array:

@@ -55,8 +55,14 @@ FAMILIES = {
 
 
 def kinds(cfg: AnyHostConfig, modules: tuple[str | Blueprint, ...] | None = None) -> tuple[Blueprint, ...]:
-    """What the numbers of the seeds' kinds stand for in this host; by default all of the package's modules for it."""
-    return seed_bank.table(tuple(cfg.modules) if modules is None else modules, cfg.modules)
+    """What the numbers of the seeds' kinds stand for in this host; by default all of the package's modules for it.
+
+    In a language model their gates are causal. By name alone (`seed_bank.table`), modules have the reference's.
+    """
+    table = seed_bank.table(tuple(cfg.modules) if modules is None else modules, cfg.modules)
+    if isinstance(cfg, TransformerConfig) and cfg.gate == "causal":
+        return tuple(kind._replace(layout=kind.layout._replace(causal=True)) for kind in table)
+    return table
 
 
 def check(cfg: AnyHostConfig, example: tuple[int, ...]) -> None:

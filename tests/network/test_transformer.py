@@ -11,9 +11,11 @@ import pytest
 from learning import check_every_tensor_learns, slot_gradient
 
 from esper_jax.config import TransformerConfig
-from esper_jax.network import blueprints, sequences, transformer
+from esper_jax.lifecycle import stages
+from esper_jax.network import blend, blueprints, sequences, transformer
 from esper_jax.network import model as networks
 from esper_jax.network.blueprints import Blueprint
+from esper_jax.types import BLUEPRINTS, AlphaAlgorithm, Stage
 
 CFG = TransformerConfig(width=16, n_heads=2, n_layers=4, n_segments=2, block_size=12, dropout=0.0)
 V, L = 29, 10
@@ -63,6 +65,46 @@ def test_no_token_sees_the_next_ones():
     other = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % V)
     moved = np.abs(logits_of(host(), other) - logits_of(host(), TOKENS)).max((0, 2)) > 0
     assert moved.tolist() == [False] * 6 + [True] * 4
+
+
+@functools.cache
+def forward():
+    return jax.jit(lambda model, state, x: networks.forward(model, state, x)[0])
+
+
+@pytest.mark.parametrize("algorithm", list(AlphaAlgorithm)[1:], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize("stage", [Stage.BLENDING, Stage.FOSSILIZED], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("name", MODULES)
+def test_no_token_sees_the_next_ones_through_a_seed(name, stage, algorithm):
+    """Whatever sits in a slot, and however it is blended: the reference's gate would let them all be seen."""
+    new = networks.init(jax.random.key(0), CFG, blueprints=MODULES, example=(L,), outputs=V)
+    filled = [jnp.asarray(np.random.default_rng(s).normal(0, 0.3, seed.params.shape), jnp.float32)
+              for s, seed in enumerate(new.seeds)]  # fmt: skip
+    gates = [blend.gate_init(jax.random.key(s), CFG.width) for s in range(len(new.seeds))]
+    model = new.replace(
+        seeds=tuple(seed.replace(params=p, gate=g) for seed, p, g in zip(new.seeds, filled, gates, strict=True))
+    )
+    state, both = stages.empty(2), lambda value: jnp.full(2, int(value), jnp.int32)
+    state = state.replace(
+        stage=both(stage), blueprint=both(BLUEPRINTS.index(name)), algorithm=both(algorithm),
+        has_gate=both(algorithm == AlphaAlgorithm.GATE) == 1, alpha=state.alpha.replace(alpha=jnp.full(2, 0.8)),
+    )  # fmt: skip
+    logits = lambda x: forward()(model, state, x)
+    other = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % V)
+    moved = np.abs(logits(other) - logits(TOKENS)).max((0, 2)) > 0
+    assert moved.tolist() == [False] * 6 + [True] * 4
+    assert (logits(TOKENS) != logits_of(new.host, TOKENS)).any()  # the seeds are there
+
+
+def test_a_causal_gate_is_opened_by_the_mean_of_the_tokens_so_far():
+    """Place 2 of a sequence has the gate that the reference's whole-sequence rule gives the first three tokens."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(4, L, 16)), jnp.float32)
+    gate = blend.gate_init(jax.random.key(1), 16)
+    causal = blend.gate_value(gate, x, sequences.SEQUENCES._replace(causal=True)).reshape(4, L)
+    np.testing.assert_allclose(causal[:, 2], blend.gate_value(gate, x[:, :3], sequences.SEQUENCES), rtol=1e-5)
+    np.testing.assert_allclose(causal[:, -1], blend.gate_value(gate, x, sequences.SEQUENCES), rtol=1e-5)
+    reference = TransformerConfig(**{**vars(CFG), "gate": "reference"})
+    assert [networks.kinds(cfg)[1].layout.causal for cfg in (CFG, reference)] == [True, False]
 
 
 def test_tiles_change_nothing():
@@ -166,5 +208,6 @@ def test_a_module_of_one_s_own():
     )
     own.check(WIDTH)
     new = networks.init(jax.random.key(0), CFG, blueprints=("norm", own), example=(L,), outputs=V)
-    assert new.kinds[2] is own and new.seeds[0].params.shape == (33,)  # norm: 2 * 16 + 1
+    assert new.kinds[2] == own._replace(layout=own.layout._replace(causal=True))
+    assert new.seeds[0].params.shape == (33,)  # norm: 2 * 16 + 1
     np.testing.assert_allclose(own.apply(own.init(jax.random.key(0), WIDTH), jnp.ones((2, 3, WIDTH))), 1.5)
