@@ -233,6 +233,9 @@ class TransformerConfig(_Slotted):
     block_size: int = number(256, above=0)
     """longest sequence, in tokens"""
     dropout: float = number(0.1, low=0, below=1)
+    gate: Literal["causal", "reference"] = "causal"
+    """what a seed's gate is opened by: the mean of the tokens so far; the reference's takes the whole sequence's, by
+    which a token learns of the next ones, and losses are lower than any that a language model can have"""
     slots: tuple[str, ...] = ()
     """boundaries that carry a slot, such as r0c0 r0c2; empty means after every segment"""
 
@@ -381,6 +384,26 @@ class LifecycleConfig:
 
 @dataclass(frozen=True)
 class GovernorConfig:
+    rules: Literal["robust", "reference", "off"] = "robust"
+    """what an epoch is judged by; reference: the reference's three rules; off: nothing is ever rolled back"""
+    loss_rise: float = number(0.15, above=0)
+    """robust: validation loss above the lowest of the last three, as a share of a uniform guess's"""
+    train_loss_rise: float = number(0.1, above=0)
+    """robust: training loss above that of the epoch before, as a share of a uniform guess's"""
+    accuracy_drop: float = number(8.0, above=0)
+    """robust: points below the highest of the last three accuracies, besides what chance does"""
+    accuracy_noise: float = number(3.0, low=0)
+    """robust: what chance does, in standard deviations of an accuracy measured on so many examples"""
+    accuracy_loss_rise: float = number(0.04, low=0)
+    """robust: a drop of the accuracy counts if the validation loss rose by this, too"""
+    weight_growth: float = number(3.0, above=1)
+    """robust: factor by which the norm of one of the host's kernels changes within an epoch"""
+    probation: int = number(10, above=0)
+    """a panic before so many epochs were accepted since the last one counts as in a row with it"""
+    backoff: float = number(0.25, above=0, high=1)
+    """what the learning rates are multiplied by from the third panic in a row on, until the probation is over"""
+    give_up: int = number(5, above=1)
+    """panics in a row after which an environment keeps its last good state and trains no more"""
     sensitivity: float = number(6.0, above=0)
     """standard deviations above the mean of the accepted losses"""
     multiplier: float = number(3.0, above=0)
@@ -392,8 +415,9 @@ class GovernorConfig:
     min_history: int = number(10, above=0, high=10_000)
     min_panics: int = number(3, above=0)
     """divergent losses in a row before the rollback"""
-    snapshot_epochs: int = number(5, above=0)
-    """a snapshot is taken at an accepted loss every so many epochs, and after each fossilisation"""
+    snapshot_epochs: int = number(3, above=0)
+    """a snapshot is taken at an accepted epoch every so many, before the first of these at each, and after each
+    fossilisation"""
 
     def __post_init__(self):
         _check(self)

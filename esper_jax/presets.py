@@ -105,8 +105,8 @@ _TEXT = TextConfig(
     host=TransformerConfig(width=20, n_heads=1, n_layers=1, n_segments=1, block_size=16, dropout=0.0),
     data=TextDataConfig(window=16, validation_windows=128, test_windows=512),
     training=TrainingConfig(
-        epochs=25,
-        batches_per_epoch=80,
+        epochs=16,
+        batches_per_epoch=150,
         batch_size=8,
         optimiser="adamw",
         host_lr=5e-3,
@@ -117,10 +117,10 @@ _TEXT = TextConfig(
     tracker=_TRACKER,
     lifecycle=LifecycleConfig(blueprints=("mlp", "attention", "lora")),
     reward=RewardConfig(price=0.1),
-    ppo=PPOConfig(learning_rate=2e-3, epochs=6, minibatches=4, entropy_coef=0.05, anneal_rounds=10),
+    ppo=PPOConfig(learning_rate=2e-3, epochs=6, minibatches=4, entropy_coef=0.05, anneal_rounds=14),
     n_envs=8,
     policy_seeds=3,
-    rounds=10,
+    rounds=14,
     report_envs=12,
 )
 TEXT = {

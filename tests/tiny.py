@@ -23,7 +23,7 @@ CONFIG = Config(
         epochs=18, batches_per_epoch=2, batch_size=16, host_lr=0.05, seed_lr=0.05, telemetry_stride=1
     ),
     lifecycle=LifecycleConfig(blueprints=("norm", "conv_light")),
-    governor=GovernorConfig(min_history=4, history_window=6),
+    governor=GovernorConfig(rules="reference", min_history=4, history_window=6, snapshot_epochs=5),
 )
 SLOTS = 2
 

@@ -114,7 +114,7 @@ def make_env(cfg: Config, dataset: AnyDataset, weights: RewardWeights | None = N
         found = attribution.attribute(measured.table, setting.configurations, live)
         sizes = transition.relative_sizes(setting, state)
         fossilised = outcome.op == Op.FOSSILIZE
-        state, verdict = transition.apply_verdict(setting, state, measured, fossilised)
+        state, verdict = transition.apply_verdict(setting, before, state, measured, metrics, fossilised)
         state = transition.record(setting, state, measured, found, metrics, verdict)
         change = Change(action, outcome, found, verdict)
         components, contributing = transition.transition_reward(setting, before, state, change)

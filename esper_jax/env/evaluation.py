@@ -30,6 +30,7 @@ class Evaluation:
     accuracy: Array  # f32[]
     score: Array  # f32[] see `metric.Metric`
     table: Array  # f32[K] score under each of attribution.configurations(S)
+    losses: Array  # f32[K] loss under each of them
     committed_loss: Array  # f32[] with everything off that is not fossilised
     committed_accuracy: Array  # f32[]
     committed_score: Array  # f32[]
@@ -100,6 +101,7 @@ def evaluate(
         accuracy=accuracy[main],
         score=scores[main],
         table=scores[position],
+        losses=loss[position],
         committed_loss=loss[kept],
         committed_accuracy=accuracy[kept],
         committed_score=scores[kept],

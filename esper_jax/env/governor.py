@@ -1,13 +1,21 @@
 """Notices a broken training run and takes it back to its last good state (Esper's Tolaria governor).
 
-One validation loss per epoch is judged by named detectors; `check` turns their answers into a verdict. Losses that were
-accepted form the history that the next ones are compared with. Everything is pure: the snapshot is a value, and a
-rollback in one environment of a population is a selection that leaves the others bitwise as they were.
+    state = init(cfg, kernels)
+    state, verdict = judge(state, vitals, cfg=cfg, random_guess_loss=ln(classes))     # once per epoch
+
+`judge` looks at an epoch's *vitals* by the rules of the configuration. `check` are the reference's: one validation
+loss, judged by named detectors. What was accepted is what the next epochs are compared with. Everything is pure: a
+snapshot is a value, and a rollback in one environment of a population is a selection that leaves the others bitwise as
+they were.
+
+The robust rules and their thresholds are the best of those that `experiments.faults` compares on faults that were put
+into training runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,6 +30,31 @@ from esper_jax.types import Array, PanicReason, SlotState, Stage
 # A host that has forgotten everything: it was clearly better than guessing and its loss is now that of guessing.
 LOBOTOMY_MEAN = 0.6  # history mean below this share of the random-guess loss
 LOBOTOMY_BAND = 0.065  # and this loss within this share of it
+RECENT = 3  # accepted epochs that the robust rules compare with
+NOTHING = float(jnp.finfo(jnp.float32).max)  # a loss that any other is below
+BACKED_OFF = 3  # the panic in a row from which on the learning rates are lowered
+
+
+@struct.dataclass
+class Vitals:
+    """What is looked at after an epoch."""
+
+    loss: Array  # f32[] validation
+    accuracy: Array  # f32[] validation, percentage points
+    accuracy_std: Array  # f32[] of such an accuracy by chance
+    train_loss: Array  # f32[]
+    sizes: Array  # f32[L] Euclidean norm of each of the host's kernels
+    finite: Array  # bool[] the whole state is
+
+
+@struct.dataclass
+class Recent:
+    """What the last accepted epochs were like: what the robust rules compare with."""
+
+    losses: Array  # f32[RECENT] validation, the newest last; NOTHING where there is none to compare with
+    accuracies: Array  # f32[RECENT] in the same way; -NOTHING
+    train_loss: Array  # f32[] of the last one; NOTHING
+    sizes: Array  # f32[L] of the last one; 0
 
 
 @struct.dataclass
@@ -34,6 +67,10 @@ class GovernorState:
     pending: Array  # bool[] the last loss was divergent
     reason: Array  # i32[] PanicReason of the latest alarm, confirmed or not
     panic_loss: Array  # f32[] the loss that raised it (non-finite for NON_FINITE); meaningless when reason is NONE
+    recent: Recent
+    in_a_row: Array  # i32[] panics, each soon after the one before
+    since_panic: Array  # i32[] epochs accepted since the last panic
+    given_up: Array  # bool[] too many panics in a row
 
 
 @struct.dataclass
@@ -58,8 +95,8 @@ class Statistics:
     ready: Array  # bool[] at least `min_history` losses
 
 
-def init(cfg: GovernorConfig) -> GovernorState:
-    """A governor that has seen nothing."""
+def init(cfg: GovernorConfig, kernels: int = 0) -> GovernorState:
+    """A governor that has seen nothing, of a host with so many kernels."""
     return GovernorState(
         history=jnp.zeros(cfg.history_window, jnp.float32),
         count=jnp.int32(0),
@@ -67,6 +104,53 @@ def init(cfg: GovernorConfig) -> GovernorState:
         pending=jnp.bool_(False),
         reason=jnp.int32(PanicReason.NONE),
         panic_loss=jnp.float32(0),
+        recent=Recent(
+            losses=jnp.full(RECENT, NOTHING, jnp.float32),
+            accuracies=jnp.full(RECENT, -NOTHING, jnp.float32),
+            train_loss=jnp.float32(NOTHING),
+            sizes=jnp.zeros(kernels, jnp.float32),
+        ),
+        in_a_row=jnp.int32(0),
+        since_panic=jnp.int32(0),
+        given_up=jnp.bool_(False),
+    )
+
+
+def kernels(host: Any) -> list[Array]:
+    """The host's trained arrays of more than one axis."""
+    return [leaf for leaf in jax.tree.leaves(host.params) if leaf.ndim > 1]
+
+
+def accuracy_std(accuracy: Array, measured: int) -> Array:
+    """Points by which an accuracy on so many examples deviates by chance: the binomial distribution's."""
+    p = jnp.clip(accuracy / 100, 0.01, 0.99)  # so that chance does something at 0 and at 100 points, too
+    return 100 * jnp.sqrt(p * (1 - p) / measured)
+
+
+def vitals(model: Any, optimiser: Any, *, loss: Array, accuracy: Array, train_loss: Array, measured: int) -> Vitals:
+    """What `judge` looks at; `measured` is on how many examples (or tokens) loss and accuracy were measured."""
+    leaves = [leaf for leaf in jax.tree.leaves((model, optimiser)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return Vitals(
+        loss=loss,
+        accuracy=accuracy,
+        accuracy_std=accuracy_std(accuracy, measured),
+        train_loss=train_loss,
+        sizes=jnp.stack([jnp.sqrt(jnp.square(kernel).sum()) for kernel in kernels(model.host)]),
+        finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all(),
+    )
+
+
+def restated(state: GovernorState, rise: Array) -> GovernorState:
+    """Where a seed has left the network, what came before is not what the next epoch is to be compared with: losses are
+    raised by what the seed was worth in the last counterfactual evaluation, `rise` f32[], and accuracies forgotten.
+    Where it is 0, nothing changes."""
+    recent = state.recent
+    return state.replace(
+        recent=recent.replace(
+            losses=recent.losses + rise,
+            train_loss=recent.train_loss + rise,
+            accuracies=jnp.where(rise == 0, recent.accuracies, -NOTHING),
+        )
     )
 
 
@@ -161,7 +245,7 @@ def check(
     recovered = ~alarm & stats.ready
     consecutive = jnp.where(recovered, 0, state.consecutive + divergent.astype(jnp.int32))
     panic = alarm & (~divergent | (consecutive >= cfg.min_panics))
-    after = GovernorState(
+    after = state.replace(
         history=jnp.where(alarm, state.history, jnp.concatenate([state.history[1:], loss[None]])),
         count=jnp.where(alarm, state.count, jnp.minimum(state.count + 1, state.history.shape[0])),
         consecutive=consecutive,
@@ -172,6 +256,66 @@ def check(
     return after, Verdict(
         panic=panic, accepted=~alarm, reason=reason, consecutive=consecutive, threshold=stats.threshold
     )
+
+
+def robust_detectors(recent: Recent, seen: Vitals) -> Mapping[str, Detector]:
+    """Rules about changes from one epoch to the next, for the names of `DETECTORS`.
+
+    Each change is told apart from what clean training does by a margin in its own unit: relative ones alarm at the end,
+    where losses are small. The first epoch has nothing to be compared with but for being finite.
+    """
+
+    def broken(stats, loss, cfg, random_guess_loss):
+        return non_finite(stats, loss, cfg, random_guess_loss) | ~jnp.isfinite(seen.train_loss) | ~seen.finite
+
+    def worse(stats, loss, cfg, random_guess_loss):
+        rise = (loss - recent.losses.min()) / random_guess_loss
+        drop = recent.accuracies.max() - seen.accuracy
+        unlikely = drop > cfg.accuracy_drop + cfg.accuracy_noise * seen.accuracy_std
+        ratio = seen.sizes / recent.sizes
+        moved = (recent.sizes > 0) & ((ratio > cfg.weight_growth) | (ratio < 1 / cfg.weight_growth))
+        return (
+            (rise > cfg.loss_rise)
+            | (seen.train_loss - recent.train_loss > cfg.train_loss_rise * random_guess_loss)
+            | (unlikely & (rise > cfg.accuracy_loss_rise))
+            | moved.any()
+        )
+
+    return {"non_finite": broken, "lobotomy": lobotomy, "divergence": worse}
+
+
+def judge(
+    state: GovernorState, seen: Vitals, *, cfg: GovernorConfig, random_guess_loss: Array | float
+) -> tuple[GovernorState, Verdict]:
+    """Judges an epoch by the rules of `cfg`. `random_guess_loss` is ln(number of classes), or of tokens.
+
+    The robust rules panic at once. By `cfg.give_up` panics in a row, a panic before `cfg.probation` epochs were
+    accepted since the last one, a state is given up: from then on nothing panics.
+    """
+    how = {"cfg": cfg, "random_guess_loss": random_guess_loss}
+    if cfg.rules == "robust":
+        how |= {"cfg": replace(cfg, min_panics=1), "detectors": robust_detectors(state.recent, seen)}
+    elif cfg.rules == "off":
+        never = lambda stats, loss, cfg, random_guess_loss: jnp.bool_(False)
+        how |= {"detectors": {"non_finite": non_finite, "lobotomy": never, "divergence": never}}
+    after, verdict = check(state, seen.loss, **how)
+    panic = verdict.panic & ~state.given_up & (cfg.rules != "off")
+    accepted = verdict.accepted
+    following = (state.in_a_row > 0) & (state.since_panic < cfg.probation)
+    in_a_row = jnp.where(panic, jnp.where(following, state.in_a_row + 1, 1), state.in_a_row)
+    recent = Recent(
+        losses=jnp.append(state.recent.losses[1:], seen.loss),
+        accuracies=jnp.append(state.recent.accuracies[1:], seen.accuracy),
+        train_loss=seen.train_loss,
+        sizes=seen.sizes,
+    )
+    after = after.replace(
+        recent=select(accepted, recent, state.recent),
+        in_a_row=in_a_row,
+        since_panic=jnp.where(panic, 0, state.since_panic + accepted.astype(jnp.int32)),
+        given_up=state.given_up | (in_a_row >= cfg.give_up),
+    )
+    return after, verdict.replace(panic=panic)
 
 
 def after_rollback(state: GovernorState) -> GovernorState:
@@ -195,15 +339,51 @@ class Snapshot:
     model: Any  # as in `snapshot`
     fossil: Array  # bool[S]
     slots: SlotState
+    checksum: Array  # u32[] of the model when it was taken
+    recent: Recent | None = None  # what the epochs that led to it were like
+
+    @property
+    def intact(self) -> Array:
+        """bool[]: the model is bit for bit what was taken."""
+        return checksum(self.model) == self.checksum
 
 
-def snapshot(model: Any, slots: SlotState) -> Snapshot:
+def checksum(model: Any) -> Array:
+    """u32[]: the bits of all numbers with their places, each scrambled, summed modulo 2^32."""
+    total = jnp.uint32(0)
+    for number, leaf in enumerate(jax.tree.leaves(model)):
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32).ravel(), jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(number << 24)
+        total = total + _scrambled(bits ^ _scrambled(place)).sum(dtype=jnp.uint32)
+    return total
+
+
+def _scrambled(x: Array) -> Array:
+    """A bijection of u32 in which a bit changes half of all others (Wellons' lowbias32): plain sums would not see two
+    signs that change."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def snapshot(model: Any, slots: SlotState, recent: Recent | None = None) -> Snapshot:
     """Takes a snapshot; to be kept only where the verdict was `accepted`.
 
     `model` is any pytree node with `.host` (a pytree) and `.seeds` (a tuple of one pytree per slot), both holding
     parameters and statistics, and `.replace`.
     """
-    return Snapshot(model=model, fossil=slots.stage == Stage.FOSSILIZED, slots=slots)
+    return Snapshot(
+        model=model,
+        fossil=slots.stage == Stage.FOSSILIZED,
+        slots=slots,
+        checksum=checksum(model),
+        recent=recent,
+    )
+
+
+def best_snapshot(newest: Snapshot, older: Snapshot, in_a_row: Array) -> Snapshot:
+    """Which one to go back to: the newest, unless its bits have changed or the last rollback to it was in vain."""
+    return select(newest.intact & (in_a_row <= 1) | ~older.intact, newest, older)
 
 
 def admit_fossils(last: Snapshot, model: Any, slots: SlotState) -> Snapshot:
@@ -214,10 +394,12 @@ def admit_fossils(last: Snapshot, model: Any, slots: SlotState) -> Snapshot:
     """
     new = (slots.stage == Stage.FOSSILIZED) & ~last.fossil
     seeds = _select_seeds(new, model.seeds, last.model.seeds)
-    return Snapshot(
-        model=last.model.replace(seeds=seeds),
+    with_seeds = last.model.replace(seeds=seeds)
+    return last.replace(
+        model=with_seeds,
         fossil=last.fossil | new,
         slots=select(new, slots, last.slots),
+        checksum=checksum(with_seeds) + last.checksum - checksum(last.model),  # damage stays visible
     )
 
 

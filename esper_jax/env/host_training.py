@@ -126,11 +126,13 @@ def train_batch(
     labels: Array,
     cfg: TrainingConfig,
     key: Array | None = None,
+    *,
+    lr_scale: Array | float = 1.0,
 ) -> tuple[Model, OptimiserState, Gradients, dict[str, Array]]:
     """One SGD step of host and seeds from one backward pass of their common loss.
 
     Args: x `[B, H, W, C]` normalised images and labels i32 `[B]`, or tokens and the next ones, i32 `[B, L]`; `key` of
-      the host's dropout.
+      the host's dropout; `lr_scale` f32[] what both learning rates are multiplied by.
     Returns: model, momentum, the unclipped gradients, and `loss`, `correct`, `norm` (of all gradients together).
     """
     chex.assert_equal_shape_prefix([x, labels], labels.ndim)
@@ -153,15 +155,17 @@ def train_batch(
     joint = cfg.clip_scope == "joint"
     scale = lambda tree, own: jax.tree.map(lambda g: g * clip_factor(norm if joint else own, cfg.clip_norm), tree)
 
+    # what an optimiser returns is proportional to its learning rate
+    move = lambda params, updates: optax.apply_updates(params, jax.tree.map(lambda u: lr_scale * u, updates))
     updates, host_momentum = host_optimiser(cfg).update(scale(host_grads, host_norm), optimiser.host, model.host.params)
-    host = model.host.replace(params=optax.apply_updates(model.host.params, updates), stats=stats)
+    host = model.host.replace(params=move(model.host.params, updates), stats=stats)
 
     steps = has_gradient if cfg.train_fossilised else has_gradient & (state.stage != Stage.FOSSILIZED)
     seeds, seed_momenta = [], []
     for s, (seed, grads, momentum) in enumerate(zip(model.seeds, seed_grads, optimiser.seeds, strict=True)):
         updates, new_momentum = seed_optimiser(cfg).update(scale(grads, seed_norms[s]), momentum, seed)
         # no gradient is not a zero gradient: parameters and momentum are held
-        seeds.append(select(steps[s], optax.apply_updates(seed, updates), seed))
+        seeds.append(select(steps[s], move(seed, updates), seed))
         seed_momenta.append(select(steps[s], new_momentum, momentum))
     metrics = {"loss": loss, "correct": correct, "norm": norm, "host_norm": host_norm}
     optimiser = OptimiserState(host_momentum, tuple(seed_momenta))
@@ -175,6 +179,8 @@ def train_epoch(
     batches: Any,
     fetch: Callable[[Any], tuple[Array, ...]],
     cfg: TrainingConfig,
+    *,
+    lr_scale: Array | float = 1.0,
 ) -> tuple[Model, OptimiserState, EpochMetrics]:
     """A scan of `train_batch`.
 
@@ -188,7 +194,7 @@ def train_epoch(
         model, optimiser, sample = carry
         k, batch = entry
         x, labels, *key = fetch(batch)
-        model, optimiser, grads, metrics = train_batch(model, optimiser, state, x, labels, cfg, *key)
+        model, optimiser, grads, metrics = train_batch(model, optimiser, state, x, labels, cfg, *key, lr_scale=lr_scale)
         sampled = k % cfg.telemetry_stride == 0
         new = (metrics["host_norm"], grads.seeds)
         sample = select(sampled, new, sample)

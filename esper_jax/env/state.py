@@ -24,6 +24,7 @@ class EnvState:
     slots: SlotState
     governor: GovernorState
     snapshot: Snapshot  # last good state
+    older: Snapshot  # the one before it
     tracker: TrackerState
     signals: Signals
     evaluation: Evaluation  # of the last accepted epoch
@@ -31,6 +32,7 @@ class EnvState:
     improvement_valid: Array  # bool[]
     last_op: Array  # i32[] op asked for at the last decision
     last_success: Array  # bool[] it was carried out
+    lr_scale: Array  # f32[] what the learning rates are multiplied by; lowered by the governor alone
     rollbacks: Array  # i32[] in this episode
     germinated: Array  # i32[] seeds, in this episode
     fossilised: Array  # i32[]
@@ -67,11 +69,14 @@ class StepInfo:
     gate_passed: Array  # bool[]
     train_loss: Array  # f32[]
     train_accuracy: Array  # f32[]
+    first_loss: Array  # f32[] of the first training batch, before anything was learned from it
+    gradient_norm: Array  # f32[] largest of the epoch's batches, before clipping
     val_loss: Array  # f32[]
     val_accuracy: Array  # f32[]
     accepted: Array  # bool[] the governor took the loss
     panic: Array  # bool[] the governor rolled the run back
     panic_reason: Array  # i32[] PanicReason
+    given_up: Array  # bool[] too many panics in a row: the last good state is kept and not trained any more
     table: Array  # f32[K] accuracy of each on/off configuration
     committed_accuracy: Array  # f32[] of what is fossilised, everything else off
     committed_loss: Array  # f32[]

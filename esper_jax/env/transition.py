@@ -153,6 +153,7 @@ def newborn(setting: Setting, key: Array) -> EnvState:
         accuracy=jnp.float32(guess),
         score=jnp.float32(guess_score),
         table=jnp.full(len(setting.configurations), guess_score, jnp.float32),
+        losses=jnp.full(len(setting.configurations), guess_loss, jnp.float32),
         committed_loss=jnp.float32(guess_loss),
         committed_accuracy=jnp.float32(guess),
         committed_score=jnp.float32(guess_score),
@@ -160,13 +161,15 @@ def newborn(setting: Setting, key: Array) -> EnvState:
         per_class_valid=jnp.zeros(classes, bool),
     )
     none = jnp.int32(0)
+    watch = governor.init(cfg.governor, len(governor.kernels(model.host)))
     state = EnvState(
         epoch=none,
         model=model,
         optimiser=host_training.init(model, cfg.training),
         slots=slots,
-        governor=governor.init(cfg.governor),
-        snapshot=governor.snapshot(model, slots),
+        governor=watch,
+        snapshot=governor.snapshot(model, slots, watch.recent),
+        older=governor.snapshot(model, slots, watch.recent),
         tracker=tracker_state,
         signals=signals,
         evaluation=unmeasured,
@@ -174,6 +177,7 @@ def newborn(setting: Setting, key: Array) -> EnvState:
         improvement_valid=jnp.bool_(False),
         last_op=jnp.int32(Op.WAIT),
         last_success=jnp.bool_(True),
+        lr_scale=jnp.float32(1),
         rollbacks=none,
         germinated=none,
         fossilised=none,
@@ -231,42 +235,68 @@ def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, Epoc
     keys = jax.random.split(augment_key, cfg.batches_per_epoch)
     fetch = lambda batch: (*dataset.batch(*batch), jax.random.fold_in(batch[0], DROPOUT))
     model, optimiser, metrics = host_training.train_epoch(
-        state.model, state.optimiser, state.slots, (keys, indices), fetch, cfg
+        state.model, state.optimiser, state.slots, (keys, indices), fetch, cfg, lr_scale=state.lr_scale
     )
     host_params = param_count(model.host)
+    model, optimiser = select(state.governor.given_up, (state.model, state.optimiser), (model, optimiser))
     state = state.replace(model=model, optimiser=optimiser, epoch=state.epoch + 1)
     return state.replace(slots=host_training.record_gradients(state.slots, metrics, host_params)), metrics
 
 
+def expected_rise(setting: Setting, before: EnvState, left: Array) -> Array:
+    """f32[]: by how much the loss was higher without the seeds in `left` (bool[S]) when it was last measured; 0 where
+    none has left, or none of the measured configurations is without just these."""
+    without = (jnp.asarray(setting.configurations) == ~left).all(-1)
+    rise = jnp.where(without, before.evaluation.losses - before.evaluation.loss, 0).sum()
+    return jnp.where(left.any() & without.any(), rise, 0.0)
+
+
 def apply_verdict(
-    setting: Setting, state: EnvState, measured: Evaluation, new_fossil: Array
+    setting: Setting, before: EnvState, state: EnvState, measured: Evaluation, metrics: EpochMetrics, new_fossil: Array
 ) -> tuple[EnvState, Verdict]:
-    """The governor's verdict on an epoch and its consequences: a snapshot, or a rollback to the last one.
+    """The governor's verdict on an epoch and its consequences: a snapshot, or a rollback to the last good one.
 
     Args:
+      before: the state that the step began with.
       new_fossil: bool[] a seed was fossilised in this step.
     """
     cfg = setting.cfg.governor
-    governor_state, verdict = governor.check(
-        state.governor, measured.loss, cfg=cfg, random_guess_loss=setting.random_guess_loss
+    left = networks.live_slots(before.model, before.slots) & ~networks.live_slots(state.model, state.slots)
+    seen = governor.vitals(
+        state.model, state.optimiser, loss=measured.loss, accuracy=measured.accuracy, train_loss=metrics.loss,
+        measured=setting.dataset.validation.labels.size,
+    )  # fmt: skip
+    governor_state, verdict = governor.judge(
+        governor.restated(state.governor, expected_rise(setting, before, left)),
+        seen,
+        cfg=cfg,
+        random_guess_loss=setting.random_guess_loss,
     )
-    due = verdict.accepted & ((state.epoch % cfg.snapshot_epochs == 0) | new_fossil)
-    renew = lambda snapshot, model, slots: governor.snapshot(model, slots)
-    snapshot = lax.cond(due, renew, lambda snapshot, model, slots: snapshot, state.snapshot, state.model, state.slots)
-    model, restored = lax.cond(
-        verdict.panic,
-        governor.rollback,
-        lambda snapshot, model, slots: (model, slots),
-        snapshot,
-        state.model,
-        state.slots,
-    )
+    cadence = state.epoch % cfg.snapshot_epochs == 0
+    if cfg.rules != "reference":  # in the beginning an epoch is a large part of what has been learned
+        cadence |= state.epoch < cfg.snapshot_epochs
+    due = verdict.accepted & (cadence | new_fossil)
+    renew = lambda newest, older: (governor.snapshot(state.model, state.slots, governor_state.recent), newest)
+    newest, older = lax.cond(due, renew, lambda newest, older: (newest, older), state.snapshot, state.older)
+
+    def back(newest, older):
+        good = governor.best_snapshot(newest, older, governor_state.in_a_row)
+        return good, governor.rollback(good, state.model, state.slots)
+
+    stay = lambda newest, older: (newest, (state.model, state.slots))
+    newest, (model, restored) = lax.cond(verdict.panic, back, stay, newest, older)
+    resumed = governor.after_rollback(governor_state).replace(recent=newest.recent)
+    slower = verdict.panic & (governor_state.in_a_row >= governor.BACKED_OFF)
+    over = verdict.accepted & (governor_state.since_panic == cfg.probation)
+    lr_scale = jnp.where(over, jnp.maximum(state.lr_scale, 1.0), state.lr_scale)
     nobody = jnp.zeros(setting.n_slots, bool)
     state = state.replace(
-        governor=select(verdict.panic, governor.after_rollback(governor_state), governor_state),
-        snapshot=snapshot,
+        governor=select(verdict.panic, resumed, governor_state),
+        snapshot=newest,
+        older=older,
         model=model,
         slots=restored,
+        lr_scale=jnp.where(slower, cfg.backoff, 1.0) * lr_scale,
         optimiser=host_training.reset_momentum(state.optimiser, nobody, nobody, everything=verdict.panic),
         rollbacks=state.rollbacks + verdict.panic.astype(jnp.int32),
     )
@@ -408,11 +438,14 @@ def describe(
         gate_passed=outcome.gate_passed,
         train_loss=metrics.loss,
         train_accuracy=metrics.accuracy,
+        first_loss=metrics.batch_losses[0],
+        gradient_norm=metrics.clip_norms.max(),
         val_loss=measured.loss,
         val_accuracy=measured.accuracy,
         accepted=verdict.accepted,
         panic=verdict.panic,
         panic_reason=verdict.reason,
+        given_up=state.governor.given_up,
         table=measured.table,
         committed_accuracy=measured.committed_accuracy,
         committed_loss=measured.committed_loss,
