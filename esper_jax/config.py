@@ -299,6 +299,7 @@ class TextDataConfig:
     validation_windows: int = number(64, above=0)
     """at most so many are measured every epoch"""
     test_windows: int = number(512, above=0)
+    """at most so many are measured at the end"""
     limit: int | None = number(None, above=0)
     """use only the first N characters"""
 
@@ -367,7 +368,11 @@ class LifecycleConfig:
 
     def __post_init__(self):
         _check(self)
-        allowed = f"one or more of {', '.join(CNN_BLUEPRINTS[1:])}, each once (in Python also Blueprint objects)"
+        text = ", ".join(name for name in BLUEPRINTS[1:] if name not in CNN_BLUEPRINTS)
+        allowed = (
+            f"one or more of {', '.join(CNN_BLUEPRINTS[1:])} (for text of norm, attention, {text}), each once "
+            "(in Python also Blueprint objects)"
+        )
         _require_names(self, "blueprints", BLUEPRINTS, allowed)
         _require(bool(self.offered), self, "blueprints", allowed)
 
@@ -547,6 +552,10 @@ class Config:
         for module in self.lifecycle.blueprints:
             for width in dict.fromkeys(self.host.slot_widths):
                 if isinstance(module, Blueprint):
+                    known = self.host.modules["norm"].layout
+                    fits = module.layout._replace(causal=known.causal) == known
+                    allowed = f"modules whose layout is the host's; that of {module.name!r} is another"
+                    _require(fits, self.lifecycle, "blueprints", allowed)
                     module.check(width, self.training.compute_dtype)
         modules = [self.host.modules[m] if isinstance(m, str) else m for m in self.lifecycle.blueprints]
         largest = [max(module.param_count(width) for module in modules) for width in self.host.slot_widths]
@@ -622,7 +631,10 @@ class TextConfig(Config):
     host: TransformerConfig = field(default_factory=TransformerConfig)  # type: ignore[assignment]
     data: TextDataConfig = field(default_factory=TextDataConfig)  # type: ignore[assignment]
     lifecycle: LifecycleConfig = field(
-        default_factory=lambda: LifecycleConfig(blueprints=tuple(blueprints.TRANSFORMER))
+        # but for flex_attention, another name of attention
+        default_factory=lambda: LifecycleConfig(
+            blueprints=tuple(name for name in blueprints.TRANSFORMER if name != "flex_attention")
+        )
     )
 
     def __post_init__(self):

@@ -47,12 +47,12 @@ MOST_PERPLEXITY_LOSS = 20.0  # nats; from there on the reference calls it infini
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean cross-entropy in nats; infinite from a loss of 20 on (training_and_ppo).
+    """exp of a mean cross-entropy in nats; infinite from a loss of 20 on (training_and_ppo), NaN of NaN.
 
     >>> perplexity(0.0), perplexity(25.0)
     (1.0, inf)
     """
-    return math.exp(loss) if loss < MOST_PERPLEXITY_LOSS else math.inf
+    return math.inf if loss >= MOST_PERPLEXITY_LOSS else math.exp(loss)
 
 
 ACCURACY = Metric("accuracy", "%", scale=1.0, worst=0.0, best=100.0, margin=2.0, points="points")

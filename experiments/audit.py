@@ -4,7 +4,7 @@
 
 plays the comparison of a run once more under every reward mode: the same controllers, policies and environments, so the
 same episodes but for rounding. For each mode it prints Spearman's correlation of an episode's return with its gain
-(report-test accuracy of what was kept, minus the bare host's in the same environment), and eta squared, the share of
+(report-test score of what was kept, minus the bare host's in the same environment), and eta squared, the share of
 the returns' variance that lies between controllers: what a learner can use at most.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from esper_jax import Config, data, make_train
-from esper_jax.config import RewardConfig
+from esper_jax.config import RewardConfig, TextConfig
 from esper_jax.control.arms import controllers
 from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
@@ -63,13 +63,18 @@ def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path,
     return train.compare(key, run, train.controllers)
 
 
-def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[list[str]]:
+def audit(folder: Path, console: Console, data_dir: Path | None = None, text: tuple[str, ...] = ()) -> list[list[str]]:
     """The rows of the table, a mode each. Raises ValueError and OSError for what is no finished run."""
     card = provenance.read_card(folder)
     if card["status"] != "complete":
         raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
     cfg = Config.from_json(json.dumps(card["config"]))
+    of_text = isinstance(cfg, TextConfig)
+    if data_dir and of_text or text and not of_text:
+        option = "--data-dir" if data_dir else "--text"
+        raise ValueError(f"{option} {data_dir or ' '.join(text)}: {folder} is a run on {cfg.data.name}")
     cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
+    cfg = cfg.replace(**{"data.files": text}) if text else cfg
     devices.use_cpus(cfg.devices)
     devices.backend()
     dataset = data.load(cfg.data, announce=console.say)
@@ -90,7 +95,9 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None) -> list[
 def main(argv: list[str] | None = None) -> int:
     command.use_plain_streams()
 
-    def chosen(run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None) -> tuple[Path, Path | None]:
+    def chosen(
+        run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None, text: tuple[str, ...] = ()
+    ) -> tuple[Path, Path | None, tuple[str, ...]]:
         """Plays the comparison of a finished run under every reward mode: does the return rank by what is achieved?
 
         Takes about a minute per mode on two cores, most of it to compile.
@@ -98,16 +105,17 @@ def main(argv: list[str] | None = None) -> int:
         Args:
           run: folder of the run.
           data_dir: folder that holds the CIFAR-10 files; none looks where the run did.
+          text: files of the run's text, if they were moved.
         """
-        return run, data_dir
+        return run, data_dir, text
 
     console = Console()
     try:
         with command.refusing(ValueError, OSError):
-            folder, data_dir = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
-            text = text_table(COLUMNS, audit(folder, console, data_dir))
-            console.say(text, always=True)
-            records.write_text(folder / "audit.txt", text + "\n")
+            folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+            table = text_table(COLUMNS, audit(folder, console, *places))
+            console.say(table, always=True)
+            records.write_text(folder / "audit.txt", table + "\n")
     except command.Refusal as refusal:
         return command.refused(refusal)
     except KeyboardInterrupt:

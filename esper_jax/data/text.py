@@ -7,6 +7,7 @@ letters: N tokens, W windows, L tokens of a window, B windows of a batch.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class TextDataset:
     test: Windows  # for the final report only
     window: int = struct.field(pytree_node=False)  # L
     name: str = struct.field(pytree_node=False)
-    vocabulary: tuple[str, ...] = struct.field(pytree_node=False)  # what each token stands for
+    vocabulary: tuple[bytes, ...] = struct.field(pytree_node=False)  # what each token stands for
     identity: str = struct.field(pytree_node=False)  # a hash of text and tokens
     source: str = struct.field(pytree_node=False)
 
@@ -107,7 +108,7 @@ class TextDataset:
 
     def text(self, tokens: Iterable[int]) -> str:
         """What tokens stand for."""
-        return "".join(self.vocabulary[int(token)] for token in tokens)
+        return b"".join(self.vocabulary[int(token)] for token in tokens).decode("utf-8", "replace")
 
 
 class Corpus(NamedTuple):
@@ -134,9 +135,9 @@ def read(files: Iterable[str]) -> Corpus:
     parts = []
     for name in files:
         try:
-            parts.append(Path(name).expanduser().read_bytes().decode("utf-8"))
+            parts.append(Path(name).expanduser().read_bytes().decode("utf-8-sig"))
         except OSError as error:
-            raise DataError(f"--text {name}: {error.strerror or error}") from None
+            raise DataError(f"--text {shlex.quote(name)}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
             raise DataError(f"--text {name}: must be UTF-8, but has the {byte}") from None
@@ -144,6 +145,8 @@ def read(files: Iterable[str]) -> Corpus:
             raise DataError(f"--text {name}: {error}") from None
         if not parts[-1].strip():
             raise DataError(f"--text {name}: is empty; must hold text")
+        if "\0" in parts[-1]:
+            raise DataError(f"--text {name}: must be UTF-8, but has zero bytes at {parts[-1].index(chr(0))}")
     return Corpus("\n".join(parts), " ".join(Path(name).name for name in files))
 
 
@@ -171,20 +174,22 @@ def tinystories(limit: int) -> Corpus:
 class Tokens(NamedTuple):
     """How a text is written in tokens."""
 
-    vocabulary: tuple[str, ...]
+    vocabulary: tuple[bytes, ...]  # UTF-8; a byte pair may hold a part of a character
     encode: Callable[[str], np.ndarray]  # text -> i32[N]
 
 
 def characters(text: str) -> Tokens:
-    """A token for each character that occurs. Raises DataError if they are more than `MOST_CHARACTERS`."""
+    """A token for each character that occurs. Raises DataError if they are more than `MOST_CHARACTERS`, or only one."""
     points = np.unique(_points(text))
+    if len(points) < 2:
+        raise DataError(f"--text: the text has one character alone, {chr(points[0])!r}: must have at least 2")
     if len(points) > MOST_CHARACTERS:
         raise DataError(
-            f"data.tokens = characters: the text has {len(points)} different characters: must be at most "
+            f"TextDataConfig.tokens = 'characters': the text has {len(points)} different characters: must be at most "
             f"{MOST_CHARACTERS}; --data.tokens bpe takes any"
         )
     encode = lambda text: np.searchsorted(points, _points(text)).astype(np.int32)
-    return Tokens(tuple(map(chr, points)), encode)
+    return Tokens(tuple(chr(point).encode("utf-8", "surrogatepass") for point in points), encode)
 
 
 def _points(text: str) -> np.ndarray:
@@ -199,18 +204,28 @@ def byte_pairs(text: str, size: int) -> Tokens:
     try:
         import tokenizers
     except ImportError:
-        raise DataError("data.tokens = bpe needs an extra: pip install 'esper_jax[text]'") from None
+        raise DataError("TextDataConfig.tokens = 'bpe': needs an extra: pip install 'esper_jax[text]'") from None
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator([text], trainer)
     found = model.get_vocab_size()
     if found != size:
-        raise DataError(f"data.vocabulary = {size}: this text gives byte pairs for {found} tokens")
-    vocabulary = tuple(model.decode([token]) for token in range(size))
+        raise DataError(
+            f"TextDataConfig.vocabulary = {size}: must be at most {found}, for which this text has byte pairs"
+        )
+    byte_of = _bytes_of_letters()
+    vocabulary = tuple(bytes(byte_of[letter] for letter in model.id_to_token(token)) for token in range(size))
     return Tokens(vocabulary, lambda text: np.array(model.encode(text).ids, np.int32))
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte that each letter of the ByteLevel alphabet stands for (Radford et al., 2019): printable ones for
+    themselves, the others in their order for the letters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def load(cfg: TextDataConfig) -> TextDataset:
@@ -231,11 +246,12 @@ def load(cfg: TextDataConfig) -> TextDataset:
     for what, block in (("training", train), ("validation", validation), ("test", test)):
         if len(block) <= cfg.window:
             raise DataError(
-                f"data.window = {cfg.window}: the {what} block of {corpus.source} has {len(block)} tokens: must be "
-                f"more than a window (the text has {len(text)} characters)"
+                f"TextDataConfig.window = {cfg.window}: the {what} block of {corpus.source} has {len(block)} tokens, "
+                f"and must have more than a window (the text has {len(text)} characters, of which a share of "
+                f"{cfg.held_out} validates and as much tests)"
             )
     digest = hashlib.md5(train.tobytes() + validation.tobytes() + test.tobytes(), usedforsecurity=False)
-    digest.update("\0".join(tokens.vocabulary).encode("utf-8", "surrogatepass"))
+    digest.update(b"\0".join(tokens.vocabulary))
     return TextDataset(
         train=jnp.asarray(train),
         validation=windows(validation, tokens, cfg.window, cfg.validation_windows),
@@ -252,7 +268,8 @@ def windows(block: np.ndarray, tokens: Tokens, size: int, most: int) -> Windows:
     """The first windows of a block, at most `most`, each of `size` tokens and the ones that follow."""
     count = min(most, (len(block) - 1) // size)
     inputs, labels = (block[shift : shift + count * size].reshape(count, size) for shift in (0, 1))
-    lengths = np.array([len(piece) for piece in tokens.vocabulary])
+    # characters: bytes but for those that go on with one (10xxxxxx)
+    lengths = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in tokens.vocabulary])
     per_token = float(lengths[labels].sum() / labels.size)
     return Windows(jnp.asarray(inputs), jnp.asarray(labels), per_token)
 

@@ -78,7 +78,7 @@ def seed_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
 
 
 def init(model: Model, cfg: TrainingConfig) -> OptimiserState:
-    """Momentum zero everywhere."""
+    """Moments of the gradients, zero everywhere."""
     seeds = tuple(seed_optimiser(cfg).init(seed) for seed in model.seeds)
     return OptimiserState(host_optimiser(cfg).init(model.host.params), seeds)
 
@@ -86,8 +86,12 @@ def init(model: Model, cfg: TrainingConfig) -> OptimiserState:
 def reset_momentum(
     state: OptimiserState, seeds: Array, gates: Array, everything: Array | bool = False
 ) -> OptimiserState:
-    """Momentum zero for the seeds in `seeds` and the gates in `gates` (bool[S]; a seed's includes its gate's), or for
-    everything."""
+    """Moments zero for the seeds in `seeds` and the gates in `gates` (bool[S]; a seed's includes its gate's), or for
+    everything.
+
+    By AdamW a gate that comes later shares its seed's count of steps: its first moments are not corrected for their
+    start at zero, so that its first steps are shorter than a new seed's.
+    """
 
     def reset(s, leaf_path, leaf):
         is_gate = any(getattr(entry, "name", None) == "gate" for entry in leaf_path)
@@ -129,7 +133,7 @@ def train_batch(
     *,
     lr_scale: Array | float = 1.0,
 ) -> tuple[Model, OptimiserState, Gradients, dict[str, Array]]:
-    """One SGD step of host and seeds from one backward pass of their common loss.
+    """One step of the optimiser for host and seeds, from one backward pass of their common loss.
 
     Args: x `[B, H, W, C]` normalised images and labels i32 `[B]`, or tokens and the next ones, i32 `[B, L]`; `key` of
       the host's dropout; `lr_scale` f32[] what both learning rates are multiplied by.

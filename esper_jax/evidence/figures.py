@@ -17,6 +17,7 @@ import numpy as np
 from esper_jax.enums import BASELINE, LEARNED, POLICY, Stage
 from esper_jax.evidence.statistics import mean_interval
 from esper_jax.evidence.tables import measured, metric_of, values
+from esper_jax.metric import Metric
 
 # A backend that matplotlib does not know, such as the one that notebooks name, keeps it from being imported; none is
 # used here.
@@ -167,7 +168,7 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
         gain = results[a] - results[names.index(BASELINE)]
         size = metrics["arms/committed_size"][a, :, -1].mean()
         axes.set_title(
-            f"{title}: {gain.mean():+.{metric.digits - 1}f} {metric.points}, x{size:.2f}", loc="left", fontsize=9
+            f"{title}: {gain.mean():+.{_digits(metric)}f} {metric.points}, x{size:.2f}", loc="left", fontsize=9
         )
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(shown) :]:
@@ -188,6 +189,11 @@ def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
 
 
 _MILESTONES = (Stage.GERMINATED, Stage.FOSSILIZED)
+
+
+def _digits(metric: Metric) -> int:
+    """Behind the point, in pictures: of accuracies one less than in tables."""
+    return metric.digits - metric.higher_is_better
 
 
 def _first(stage: np.ndarray, wanted: Stage) -> np.ndarray:
@@ -231,7 +237,7 @@ def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> 
         lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
         _swimlanes(axes, metrics["arms/blueprints"], *lanes)
         axes.set_title(
-            f"{name}: test {metric.name} of what was kept {results[a, env]:.{metric.digits - 1}f}",
+            f"{name}: test {metric.name} of what was kept {results[a, env]:.{_digits(metric)}f}",
             loc="left",
             fontsize=10,
         )

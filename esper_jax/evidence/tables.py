@@ -17,8 +17,8 @@ def columns(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
     return ("arm", f"test {unit}", f"minus {BASELINE}", f"final {unit}", f"loss - {BASELINE}", "params", "kept")
 
 
-def notes(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """What has to be known to read the table."""
+def notes(metrics: dict[str, np.ndarray], bigram_loss: float | None = None) -> tuple[str, ...]:
+    """What has to be known to read the table; `bigram_loss` in nats, of text, for comparison."""
     metric = metric_of(metrics)
     unit = metric.unit
     return (
@@ -28,12 +28,18 @@ def notes(metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
         f"final {unit}: of the network as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is",
         "better. kept: seeds per environment.",
         *([] if metric.higher_is_better else [f"{unit}: {metric.name}, lower is better. {_bare(metrics)}"]),
+        *([] if bigram_loss is None else [f"A bigram model of the training text: {_of_loss(metric, bigram_loss)}."]),
     )
+
+
+def _of_loss(metric: Metric, loss: float) -> str:
+    return f"{metric.value(None, loss):.{metric.digits}f} {metric.unit}"
 
 
 def _bare(metrics: dict[str, np.ndarray]) -> str:
     """The bare host's other numbers."""
-    loss, right = (by_arm(metrics, f"test_committed_{name}")[BASELINE].mean() for name in ("loss", "accuracy"))
+    fields = ("test_committed_loss", "test_committed_accuracy")
+    loss, right = (float(np.nanmean(by_arm(metrics, name)[BASELINE])) for name in fields)
     return f"{BASELINE}: {loss:.2f} nats, perplexity {perplexity(loss):.1f}, {right:.1f} % of the tokens right."
 
 
@@ -82,12 +88,14 @@ def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
     """The cells under `columns`, a row per arm; "-" for what was not measured."""
     kept, final = values(metrics), values(metrics, "test")
     loss, fossils = (by_arm(metrics, field) for field in ("test_committed_loss", "fossilised"))
-    size, digits, rows = sizes(metrics), metric_of(metrics).digits, []
+    size, metric, rows = sizes(metrics), metric_of(metrics), []
+    digits = metric.digits
     for arm in kept:
         difference = lambda samples, digits=2, arm=arm: (
             "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE], digits)
         )
-        plain = (_plain(kept[arm], digits), difference(kept, digits), _plain(final[arm], digits), difference(loss))
+        plain = (_plain(kept[arm], digits), difference(kept, digits), _plain(final[arm], digits))
+        plain = (*plain, difference(loss, 2 if metric.higher_is_better else digits))
         rows.append([arm, *plain, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
     return rows
 
@@ -120,7 +128,8 @@ def samples(metrics: dict[str, np.ndarray], prompt: str, text: Callable[[np.ndar
     metric, kept = metric_of(metrics), measured(metrics)
     parts = [
         "What networks of the first environment write, each token drawn with the same dice for all (of what was kept).",
-        f"The prompt is where the report-test block begins:\n\n{prompt}",
+        f"The prompt is where the report-test block begins: {prompt!r}",
+        f"An arm that kept no seed can still differ from {BASELINE}: a seed that left has changed the host's training.",
     ]
     for arm in (BASELINE, *LEARNED):
         for a in np.flatnonzero(metrics["arms/names"] == arm):

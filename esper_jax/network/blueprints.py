@@ -80,7 +80,8 @@ class Blueprint(NamedTuple):
           init: `(key, width) -> params`, any pytree of f32 arrays.
           apply: `(params, x) -> y`, both `[B, H, W, C]` (for text `[B, L, C]`); called with a tile of a batch at a
             time, so that it may not depend on other examples. `y` is cast to the dtype of `x`.
-          layout: of the host that it is for: `layers.IMAGES` or `sequences.SEQUENCES`.
+          layout: of the host that it is for: `layers.IMAGES` or `sequences.SEQUENCES`. In a language model `apply` must
+            be causal, too: what it gives a token may not depend on later ones.
 
         A module of flax, for which `x` has to have some size when it is initialised:
 

@@ -22,6 +22,7 @@ from rich.progress import (
 
 from esper_jax.enums import Stage
 from esper_jax.evidence.tables import text_table
+from esper_jax.metric import ACCURACY, Metric
 
 
 class _Screen(RichConsole):
@@ -124,14 +125,15 @@ class Console:
         self.say("\n".join(body), always=True)
 
 
-def round_note(arrays: dict[str, np.ndarray]) -> str:
+def round_note(arrays: dict[str, np.ndarray], metric: Metric = ACCURACY) -> str:
     """A round in a few numbers, from the arrays of `records.round_arrays`; means over its environments, and of the
     return one for each policy."""
-    accuracy = arrays["rounds/val_accuracy"][..., -1].mean()
+    reached = metric.value(*(arrays[f"rounds/val_{name}"][..., -1].mean() for name in ("accuracy", "loss")))
+    name, digits = ("acc", 1) if metric.higher_is_better else (metric.unit, metric.digits)
     returns = np.nansum(arrays["rounds/reward"], axis=-1).mean(-1)
     kept = (arrays["rounds/stage"][..., -1, :] == Stage.FOSSILIZED).sum(-1).mean()
     kl, entropy = arrays["learner/approx_kl"].mean(), arrays["learner/entropy"].mean()
     each = " ".join(f"{value:.2f}" for value in returns)
-    note = f"acc={accuracy:.1f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
+    note = f"{name}={reached:.{digits}f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
     panics = int(arrays["rounds/panic"].sum())
     return note + (f"  rollbacks={panics}" if panics else "")

@@ -86,8 +86,8 @@ def check_divides(mesh: Mesh, cfg: Config) -> None:
     for part, size in (("env_chunk", cfg.env_chunk), ("ppo.minibatches", cfg.ppo.minibatches)):
         if cfg.n_envs % (mesh.size * size):
             raise ValueError(
-                f"Config.n_envs = {cfg.n_envs}: must be a multiple of {mesh.size * size} ({mesh.size} devices times "
-                f"{part} = {size})"
+                f"{type(cfg).__name__}.n_envs = {cfg.n_envs}: must be a multiple of {mesh.size * size} ({mesh.size} "
+                f"devices times {part} = {size})"
             )
 
 

@@ -219,7 +219,7 @@ def header(console: Console, options: JobOptions, cfg: Config, out: Path) -> Non
 
 def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) -> None:
     """What is grown, and how much will be computed."""
-    shape = {"example": dataset.example, "outputs": dataset.outputs}
+    shape = {"example": dataset.example, "outputs": dataset.outputs, "blueprints": cfg.lifecycle.blueprints}
     host = jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host
     epochs, twins = cfg.training.epochs, " and their twins" if cfg.reward.mode == "paired" else ""
     rows = cfg.policy_seeds + bool(twins)
@@ -238,12 +238,13 @@ def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
     start = int(run.round)
     log = records.RoundLog(folder / "rounds", start)
+    metric = job.train.dataset.metric(job.train.dataset.validation)
     with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             run, metrics = job.train.update(job.key, run)
             arrays = records.round_arrays(metrics)
             log.write(number, arrays)
-            advance(round_note(arrays))
+            advance(round_note(arrays, metric))
             if every and ((number + 1) % every == 0 or number + 1 == rounds):
                 checkpoint.save(folder, number + 1, run, job.meta)
     return run, log.stacked()
@@ -266,7 +267,7 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         records.write_arrays(out / "metrics.npz", metrics)
         records.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
         records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
-        columns, notes = tables.columns(metrics), tables.notes(metrics)
+        columns, notes = tables.columns(metrics), tables.notes(metrics, job.card["data"].get("bigram_loss"))
         rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
         text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
         records.write_text(out / "summary.txt", text)

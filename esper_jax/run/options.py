@@ -134,7 +134,7 @@ def typed(message: str, argv: list[str], options: type) -> str:
     """A message about a field of the configuration, about the option instead, with what was typed."""
     match = re.match(r"(\w+\.\w+) = (.*?): ", message, re.DOTALL)
     for name, option in table(options).items():
-        if match and match[1] == option.field:
+        if match and match[1] in (option.field, option.field.replace("TextConfig.", "Config.")):
             name = INSTEAD.get(name, name)
             with contextlib.suppress(ValueError):
                 words = given(argv).get(name)

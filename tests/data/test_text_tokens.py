@@ -27,7 +27,7 @@ def test_blocks_are_contiguous_and_windows_do_not_cross_them(tmp_path):
     """100 characters: 80 train, 10 validate and 10 test; of 10 tokens two windows of 4 have a token that follows."""
     written = "".join(chr(ord("a") + k % 26) for k in range(100))
     found = data.load(config(files(tmp_path, written)))
-    assert found.vocabulary == tuple("abcdefghijklmnopqrstuvwxyz") and found.outputs == 26
+    assert found.text(range(26)) == "abcdefghijklmnopqrstuvwxyz" and found.outputs == 26
     assert found.text(found.train) == written[:80]
     for split, start in ((found.validation, 80), (found.test, 90)):
         assert split.inputs.shape == split.labels.shape == (2, 4) and split.characters_per_token == 1
@@ -75,11 +75,15 @@ def test_bigram_loss_by_hand(tmp_path):
     [
         (b"abc\xff" * 50, {}, "--text {file}: must be UTF-8, but has the byte 0xff at 3"),
         ("  \n ", {}, "--text {file}: is empty; must hold text"),
-        ("abc" * 10, {}, "data.window = 4: the validation block of 0.txt has 3 tokens: must be more than a window"),
+        (
+            "abc" * 10,
+            {},
+            "TextDataConfig.window = 4: the validation block of 0.txt has 3 tokens, and must have more than a window",
+        ),
         (
             "".join(map(chr, range(0x4E00, 0x4E00 + 3000))),
             {},
-            "data.tokens = characters: the text has 3000 different characters: must be at most 2048; --data.tokens bpe",
+            "the text has 3000 different characters: must be at most 2048; --data.tokens bpe takes any",
         ),
     ],
 )
@@ -104,5 +108,36 @@ def test_byte_pairs(tmp_path):
     found = data.load(config(files(tmp_path, written), tokens="bpe", vocabulary=270, window=8))
     assert found.outputs == 270 and found.text(found.train) == written[: round(0.8 * len(written))]
     assert found.train.size < 0.5 * len(written) and found.test.characters_per_token > 2
-    with pytest.raises(DataError, match="data.vocabulary = 5000: this text gives byte pairs for"):
+    with pytest.raises(DataError, match="TextDataConfig.vocabulary = 5000: must be at most "):
         data.load(config(files(tmp_path, written), tokens="bpe", vocabulary=5000))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["\u732b\u5728\u57ab\u5b50\u4e0a\u3002", "\u0393\u03b1\u03c4\u03b1 \u03ba\u03b1\u03b9 ", "naive cafe\u0301 "],
+)
+@pytest.mark.parametrize("size", [257, 300])
+def test_characters_of_byte_pairs_are_counted_once(tmp_path, line, size):
+    """A character whose bytes lie in several tokens is one; else bits per character are too low by that factor."""
+    pytest.importorskip("tokenizers")
+    whole_text = "".join(np.random.default_rng(0).choice(list(line), 3000))
+    found = data.load(config(files(tmp_path, whole_text), tokens="bpe", vocabulary=size, window=8))
+    labels = np.asarray(found.test.labels)
+    whole = b"".join(found.vocabulary[token] for token in labels.ravel())
+    starts = sum(byte & 0xC0 != 0x80 for byte in whole)
+    np.testing.assert_allclose(found.test.characters_per_token, starts / labels.size, rtol=1e-12)
+    written = found.text(found.train)
+    assert written == whole_text[: len(written)] and len(written) == 2400
+    # of the whole training block, where no character is cut: what the text says
+    pieces = sum(sum(byte & 0xC0 != 0x80 for byte in found.vocabulary[t]) for t in np.asarray(found.train))
+    assert pieces == len(written)
+
+
+def test_one_character_alone_or_zero_bytes_are_no_text(tmp_path):
+    with pytest.raises(DataError, match="one character alone, 'a'"):
+        data.load(config(files(tmp_path, "a" * 500)))
+    with pytest.raises(DataError, match="zero bytes at 1"):
+        data.load(config(files(tmp_path, "h\0e\0" * 500)))
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + b"some words " * 60)
+    assert "\ufeff" not in data.load(config((str(marked),))).text(range(8))

@@ -47,7 +47,7 @@ def test_a_configuration_is_what_it_was_written_as():
         (["--text", "{story}", "--data.name", "topics"], "--data.name: give --text FILE... or --data instead"),
         (["--data.window", "65"], "--data.window 65: must be at most 16, the host's block_size"),
         (["--data.window", "400", "--host.block-size", "400", "--text", "{story}"],
-         "data.window = 400: the validation block of story.txt has 354 tokens: must be more than a window"),
+         "--data.window 400: the validation block of story.txt has 354 tokens, and must have more than a window"),
         (["--lifecycle.blueprints", "conv_light"], "must be one or more of norm, lora, lora_large, attention"),
         (["--host.n-heads", "3"], "--host.n-heads 3: must be a divisor of width = 20"),
         (["--host.width", "30", "--host.n-heads", "3", "--lifecycle.blueprints", "attention"],
