@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     command.use_plain_streams()
     try:
         with command.refusing(ValueError, OSError):
-            chosen = options.cli(Options, sys.argv[1:] if argv is None else argv, prog=PROGRAM, default=Options())
+            argv = sys.argv[1:] if argv is None else argv
+            options.check(argv, Options)
+            chosen = options.cli(Options, argv, prog=PROGRAM, default=Options())
             if chosen.out is not None and not chosen.out.absolute().parent.is_dir():
                 raise ValueError(f"--out {chosen.out}: must be a file in a folder that exists")
             report = measure(PLANS[chosen.preset], print)
