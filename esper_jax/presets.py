@@ -115,7 +115,7 @@ _TEXT = TextConfig(
         tile_pixels=0,
     ),
     tracker=_TRACKER,
-    lifecycle=LifecycleConfig(blueprints=("mlp", "attention", "lora")),
+    lifecycle=LifecycleConfig(blueprints=("mlp", "mlp_small", "attention")),
     reward=RewardConfig(price=0.1),
     ppo=PPOConfig(learning_rate=2e-3, epochs=6, minibatches=4, entropy_coef=0.05, anneal_rounds=14),
     n_envs=8,

@@ -31,12 +31,18 @@ def init(size: int) -> RunningStatistics:
 def update(state: RunningStatistics, batch: Array, *, axis_name: str | None = None) -> RunningStatistics:
     """Take in a batch f32[N, D]; every row ever seen weighs alike (Chan, Golub and LeVeque, 1979).
 
+    A row with an entry that is not finite counts for nothing: it would make the statistics so for ever.
+
     Args:
       axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
     """
-    mean = mean_over_devices(jnp.mean(batch, axis=0), axis_name)
-    var = mean_over_devices(jnp.mean(jnp.square(batch - mean[None]), axis=0), axis_name)
-    rows = batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    finite = jnp.isfinite(batch).all(1)
+    share = mean_over_devices(jnp.mean(finite.astype(jnp.float32)), axis_name)
+    divisor = jnp.where(share > 0, share, 1)
+    average = lambda x: mean_over_devices(jnp.mean(jnp.where(finite[:, None], x, 0), axis=0), axis_name) / divisor
+    mean = average(batch)
+    var = average(jnp.square(batch - mean[None]))
+    rows = share * (batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name)))
     count = state.count + rows
     keep, take = state.count / count, rows / count
     delta = mean - state.mean

@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,34 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of something else; the message names the first difference."""
 
 
-def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], *, keep: int = 2) -> Path:
+class DamageError(CheckpointError):
+    """A checkpoint that is not what was written."""
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    *,
+    keep: int = 2,
+    about: dict[str, Any] | None = None,
+    beside: dict[str, str | None] | None = None,
+) -> Path:
     """Writes a state, then drops all but the newest `keep` checkpoints. Returns the checkpoint's folder.
 
     Args:
       state: any tree of arrays but typed PRNG keys (raises CheckpointError): a run derives its keys from its seed.
       meta: what JSON can hold and `restore` has to be given again, such as the configuration.
+      about: what else is to be found with it, see `about`.
+      beside: SHA-256 of files that it counts with, by name, see `resume`.
 
     Raises OSError naming `folder` if it cannot be written, such as on a full disk; what was there stays.
     """
     arrays = _arrays(jax.device_get(_checked(state)))
     with _writing(folder):
-        return _save(Path(folder).absolute(), step, arrays, _plain(meta), keep)
+        extra = {"about": _plain(about or {}), "beside": beside or {}}
+        return _save(Path(folder).absolute(), step, arrays, _plain(meta), keep, extra)
 
 
 @contextlib.contextmanager
@@ -70,7 +86,9 @@ def _writing(folder: str | Path) -> Iterator[None]:
         log.disabled, sys.unraisablehook = before
 
 
-def _save(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int) -> Path:
+def _save(
+    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int, extra: dict[str, Any]
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final, work = folder / f"step_{step:08d}", folder / f".writing_{step:08d}"
     for leftover in folder.glob(".writing_*"):
@@ -82,7 +100,7 @@ def _save(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str
                 checkpointer.save(work / "state", _storable(arrays))
                 checkpointer.wait_until_finished()
         leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
-        fingerprint = {"meta": meta, "leaves": leaves, "files": _files(work / "state")}
+        fingerprint = {"meta": meta, "leaves": leaves, "files": _files(work / "state")} | extra
         with open(work / FINGERPRINT, "w") as file:
             json.dump(fingerprint, file, indent=1)
             file.flush()
@@ -93,9 +111,77 @@ def _save(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str
     if final.exists():
         _drop(final)
     work.rename(final)
+    _sync(folder)
     for old in steps(folder)[:-keep]:
         _drop(folder / f"step_{old:08d}")
     return final
+
+
+def _sync(folder: Path) -> None:
+    """Names of files outlive a loss of power once their folder is on the disk."""
+    with contextlib.suppress(OSError, AttributeError):  # a system whose folders cannot be opened
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def resume(
+    folder: str | Path,
+    template: Any,
+    meta: dict[str, Any],
+    hashes: Callable[[dict[str, Any]], dict[str, str | None]],
+) -> tuple[Any, int, list[str]]:
+    """The newest checkpoint that is whole, its step, and a line for each newer one that is not.
+
+    Those are set aside: renamed to `damaged_...` once a whole one was found.
+
+    Args:
+      hashes: SHA-256 of the files that a checkpoint counts with as they are now, given what `save` knew of them.
+
+    Raises CheckpointError if none is whole, or the newest whole one is of something else.
+    """
+    folder = Path(folder).absolute()
+    said, damaged = [], []
+    first: DamageError | None = None
+    for step in reversed(steps(folder)):
+        place = folder / f"step_{step:08d}"
+        try:
+            _, _, _, extra = _fingerprint(place / FINGERPRINT)
+            now = hashes(extra["beside"])
+            for name, digest in extra["beside"].items():
+                if now.get(name) != digest:
+                    what = "is missing" if now.get(name) is None else "is not what was written"
+                    raise DamageError(f"{name}, which {place.name} counts with, {what}")
+            state = _restore(place, template, meta)
+        except DamageError as error:
+            first = first or error
+            damaged.append(place)
+            continue
+        for bad in damaged:
+            bad.rename(_free(bad.with_name(f"damaged_{bad.name}")))
+            said.append(f"{bad.name} is damaged ({first}): kept as damaged_{bad.name}; going on from {place.name}")
+        return state, step, said
+    if first is not None:
+        raise CheckpointError(f"{first}; no older checkpoint is whole: start the run again in another folder") from None
+    raise CheckpointError(f"{folder}: a checkpoint is not there (steps there: none)")
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number behind it."""
+    number = 1
+    while (free := path if number == 1 else path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free
+
+
+def about(folder: str | Path) -> dict[str, Any] | None:
+    """What the newest readable checkpoint was saved `about`; None if there is none."""
+    for step in reversed(steps(folder)):
+        with contextlib.suppress(CheckpointError):
+            return _fingerprint(Path(folder) / f"step_{step:08d}" / FINGERPRINT)[3]["about"] or None
+    return None
 
 
 def _drop(checkpoint: Path) -> None:
@@ -111,7 +197,7 @@ def steps(folder: str | Path) -> list[int]:
 
 
 def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: int | None = None) -> tuple[Any, int]:
-    """Reads a state back: by default the newest one.
+    """Reads a state back: by default the newest one, whatever it counts with beside it (see `resume`).
 
     Args:
       template: a tree of arrays or `jax.ShapeDtypeStruct`s; leaves are put where its leaves are (`sharding`), if they
@@ -127,27 +213,11 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
         raise CheckpointError(f"{folder}: {wanted} is not there (steps there: {', '.join(map(str, known)) or 'none'})")
     if step is not None:
         return _restore(folder / f"step_{step:08d}", template, meta), step
-    newest, *older = (folder / f"step_{number:08d}" for number in reversed(known))
-    try:
-        return _restore(newest, template, meta), known[-1]
-    except CheckpointError as error:
-        for place in older:
-            if _is_whole(place, template, meta):
-                raise CheckpointError(
-                    f"{error}; delete {newest.name} to go on from {place.name}, which is whole"
-                ) from None
-        raise
-
-
-def _is_whole(place: Path, template: Any, meta: dict[str, Any]) -> bool:
-    with contextlib.suppress(CheckpointError):
-        _restore(place, template, meta)
-        return True
-    return False
+    return _restore(folder / f"step_{known[-1]:08d}", template, meta), known[-1]
 
 
 def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
-    recorded, files, then = _fingerprint(place / FINGERPRINT)
+    recorded, files, then, _ = _fingerprint(place / FINGERPRINT)
     _compare(place, "", then, _plain(meta))
     wanted = _leaves(template)
     shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
@@ -156,7 +226,7 @@ def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
     present = _files(place / "state")
     for name in [*files, *present]:  # Orbax itself reads a damaged folder in part, or never comes back
         if files.get(name) != present.get(name):
-            raise CheckpointError(f"{place / 'state' / name}: is damaged, missing, or does not belong here")
+            raise DamageError(f"{place / 'state' / name}: is damaged, missing, or does not belong here")
 
     blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
     with _orbax() as checkpointer:
@@ -165,14 +235,14 @@ def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
     for number, (path, like) in enumerate(wanted.items()):
         leaf = np.asarray(read.get(_key(number), blank[path]))
         if _facts(leaf) != recorded[path]:
-            raise CheckpointError(f"{place}: {path} is not what was saved: its content has changed")
+            raise DamageError(f"{place}: {path} is not what was saved: its content has changed")
         sharding = getattr(like, "sharding", None)
         leaves.append(jax.device_put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any]:
-    """Leaves, files and meta as `save` wrote them. Raises CheckpointError."""
+def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any, dict[str, Any]]:
+    """Leaves, files and meta as `save` wrote them, and `about` and `beside`. Raises DamageError."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         leaves, files, meta = (stored[name] for name in ("leaves", "files", "meta"))
@@ -180,9 +250,12 @@ def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any]:
             isinstance(files, dict) and isinstance(meta, dict) and all(set(leaf) == _FACTS for leaf in leaves.values())
         ):
             raise ValueError("it is not what was written")
+        extra = {name: stored.get(name, {}) for name in ("about", "beside")}
+        if not all(isinstance(value, dict) for value in extra.values()):
+            raise ValueError("it is not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    return leaves, files, meta
+        raise DamageError(f"{path}: cannot be read: {error}") from None
+    return leaves, files, meta, extra
 
 
 def _orbax():

@@ -4,13 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 STOPPED, REFUSED, BROKEN = 130, 2, 1
+
+
+class Stopped(Exception):
+    """Somebody asked for an end, and what was in hand has been finished."""
+
+
+class Interruption:
+    """What Ctrl-C and SIGTERM do: end the process within a second, or, where it is `patient`, once the work in hand is
+    done; a second one ends it at once.
+
+    A thread of its own sees to it: while a compiled program runs, the main thread hears of no signal.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None  # the signal that came while it was patient
+        self.patient = False
+        self.message: Callable[[], str] = lambda: "stopped"  # what to say at the end
+        self.tidy: Callable[[], None] = lambda: None  # what else to do then
+
+    @property
+    def code(self) -> int:
+        """Exit code of who was stopped by the signal, as shells count."""
+        return 128 + (self.asked or signal.SIGINT)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Handles the signals inside; outside of the main thread of a program nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        wanted = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, lambda *_: None) for number in wanted}
+        threading.Thread(target=self._watch, args=(read, set(wanted)), daemon=True).start()
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(fd)
+            os.close(write)  # which ends the thread
+
+    def _watch(self, read: int, wanted: set[int]) -> None:
+        while came := os.read(read, 1):
+            if came[0] not in wanted:
+                continue
+            if self.patient and self.asked is None:
+                self.asked = came[0]
+                say("stopping when this round is done; once more to stop at once")
+            else:
+                self.asked = came[0]
+                say(self.message())
+                with contextlib.suppress(Exception):
+                    self.tidy()
+                leave(self.code)
+        os.close(read)
 
 
 class Refusal(Exception):

@@ -89,20 +89,20 @@ class Console:
         self.say(f"  {name:<9} {seconds:.1f} s  {'  '.join(said) or what}")
 
     @contextlib.contextmanager
-    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
         """Progress through `total` pieces of work, of which `done` were done before.
 
-        Yields what is to be called after each piece, with what is to be said about it.
+        Yields what is to be called after each piece, with what is to be said about it, and in which style.
         """
         started = time.perf_counter()
         pieces = 0
 
-        def advance(note: str) -> None:
+        def advance(note: str, style: str | None = None) -> None:
             nonlocal pieces
             pieces += 1
             elapsed = time.perf_counter() - started
             left = elapsed / pieces * (total - done - pieces)
-            self.say(f"  {name} {done + pieces}/{total}  t={elapsed:.0f}s  left={left:.0f}s  {note}")
+            self.say(f"  {name} {done + pieces}/{total}  t={elapsed:.0f}s  left={left:.0f}s  {note}", style=style)
             if self.live:
                 progress.advance(task)
 
@@ -135,5 +135,10 @@ def round_note(arrays: dict[str, np.ndarray], metric: Metric = ACCURACY) -> str:
     kl, entropy = arrays["learner/approx_kl"].mean(), arrays["learner/entropy"].mean()
     each = " ".join(f"{value:.2f}" for value in returns)
     note = f"{name}={reached:.{digits}f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
-    panics = int(arrays["rounds/panic"].sum())
-    return note + (f"  rollbacks={panics}" if panics else "")
+    counts = {"rollbacks": arrays["rounds/panic"], "skipped": arrays["learner/nonfinite_updates"]}
+    return note + "".join(f"  {name}={int(count.sum())}" for name, count in counts.items() if count.any())
+
+
+def dead(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """bool[P]: policies that took no step in a round, since no minibatch of it was finite."""
+    return (arrays["learner/updates_done"] == 0) & (arrays["learner/nonfinite_updates"] > 0)

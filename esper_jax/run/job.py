@@ -17,6 +17,7 @@ from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
 import jax
 import numpy as np
 import tyro
+from jax.experimental import checkify
 
 from esper_jax import data
 from esper_jax.config import Config, number
@@ -27,12 +28,13 @@ from esper_jax.evidence import report, tables
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
 from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
-from esper_jax.run.console import Console, round_note
+from esper_jax.run.console import Console, dead, round_note
 from esper_jax.run.options import check as check_words
 from esper_jax.run.options import typed
-from esper_jax.train import RunState, Train, make_train
+from esper_jax.train import Metrics, RunState, Train, bind, make_train
 from esper_jax.types import Controller
 
+MOST_IDLE_ROUNDS = 3  # in a row in which a policy takes no step, until a run ends
 SMALLER = "a smaller --env-chunk, --n-envs, --policy-seeds or --training.epochs needs less"
 
 
@@ -55,6 +57,8 @@ class JobOptions:
     """rounds between checkpoints; 0 writes none"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
+    debug_nans: tyro.conf.FlagCreatePairsOff[bool] = False
+    """stop at the first operation of the learner's update whose result is not a number, and name it; slow"""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def meant(self, dataset: data.AnyDataset) -> str | None:
@@ -144,7 +148,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
       held: keeps the run's folder from other processes until it is closed.
     """
     now = datetime.now()
-    cfg = compilation.spread(options.config)
+    cfg = compilation.spread(options.config.replace(devices=1) if options.debug_nans else options.config)
     console = Console(quiet=options.quiet)
     if not options.resume:
         options.check_data()
@@ -175,12 +179,21 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
 
     meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
     run = None
-    if options.resume and checkpoint.steps(out / "checkpoints"):
+    kept = out / "checkpoints"
+    for place in (kept, kept / "rounds"):
+        if os.path.lexists(place) and not place.is_dir():
+            raise ValueError(f"{place}: must be a folder; move that file away, then go on")
+    if before.get("rebuilt"):
+        warn(f"{out / 'run.json'} is missing or damaged: rebuilt from the newest checkpoint")
+    if options.resume and checkpoint.steps(kept):
         template = compilation.run_template(train, cfg, key)
-        run, done = checkpoint.restore(out / "checkpoints", template, meta)
+        hashes = lambda beside: records.RoundLog.hashes(kept / "rounds", len(beside))
+        run, done, said = checkpoint.resume(kept, template, meta, hashes)
+        for line in said:
+            warn(line)
         if done > cfg.rounds:
             raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
-        records.RoundLog.check(out / "checkpoints" / "rounds", done)
+        records.RoundLog.check(kept / "rounds", done)
     if options.resume:
         console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
     card = {
@@ -196,8 +209,23 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     return Job(options, cfg, out, console, train, key, run, meta, card, meant)
 
 
+def _checked(train: Train, cfg: Config) -> Train:
+    """The same run, whose updates raise checkify's error at the first operation that gives what is not a number."""
+    learn = jax.jit(checkify.checkify(train.programs.learn, errors=checkify.float_checks))
+
+    def checked(*args):
+        error, out = learn(*args)
+        error.throw()
+        return out
+
+    return bind(cfg, train.dataset, train.controllers, train.programs._replace(learn=checked))
+
+
 def start(job: Job) -> Job:
     """The job with its rollout compiled, the other programs on their way, and a run to go on with."""
+    if job.options.debug_nans:
+        run = job.train.init(job.key) if job.run is None else job.run
+        return job._replace(train=_checked(job.train, job.cfg), run=run)
     with job.console.step("compile", "rollout; learn and report follow") as said:
         init = {"init": lambda: job.train.init(job.key)} if job.run is None else {}
         first = compilation.background(init).get("init")
@@ -233,21 +261,61 @@ def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) ->
     })  # fmt: skip
 
 
-def learn(job: Job) -> tuple[RunState, dict[str, np.ndarray]]:
-    """Trains the policy. Every round is on disk before the checkpoint that counts it."""
+def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState, dict[str, np.ndarray]]:
+    """Trains the policy. Every round is on disk before the checkpoint that counts it.
+
+    Raises Stopped if that was asked for, with the round in hand done and kept, and Refusal when no policy learns any
+    more.
+    """
     run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
-    start = int(run.round)
+    stop, start = stop or command.Interruption(), int(run.round)
     log = records.RoundLog(folder / "rounds", start)
     metric = job.train.dataset.metric(job.train.dataset.validation)
+    idle = np.zeros(job.cfg.policy_seeds, int)  # rounds in a row in which a policy took no step
     with job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
+            stop.patient = bool(every)
             run, metrics = job.train.update(job.key, run)
             arrays = records.round_arrays(metrics)
             log.write(number, arrays)
-            advance(round_note(arrays, metric))
-            if every and ((number + 1) % every == 0 or number + 1 == rounds):
-                checkpoint.save(folder, number + 1, run, job.meta)
+            idle = np.where(dead(arrays), idle + 1, 0)
+            advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
+            if every and ((number + 1) % every == 0 or number + 1 == rounds or stop.asked):
+                checkpoint.save(folder, number + 1, run, job.meta, about=job.card, beside=log.known)
+            stop.patient = False
+            if idle.max() >= MOST_IDLE_ROUNDS:
+                raise command.Refusal(_why_idle(int(idle.argmax()), run, metrics))
+            if stop.asked:
+                raise command.Stopped
     return run, log.stacked()
+
+
+def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
+    """What is not finite, in the order in which one thing leads to another."""
+    rows = metrics.rollout
+    tensors = {
+        "learner": run.learner, "observations": run.observations, "returns": run.returns, "hypers": run.hypers,
+        "features": rows.features, "reward": rows.reward, "value": rows.value, "log_prob": rows.log_prob,
+    }  # fmt: skip
+    bad = (
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tensors)
+        if not np.isfinite(np.asarray(leaf[policy], np.float64)).all()
+    )
+    return (
+        f"policy {policy} took no step in {MOST_IDLE_ROUNDS} rounds, since losses or gradients were not finite; first "
+        f"not finite: {next(bad, 'only the gradients')}; --debug-nans names the operation"
+    )
+
+
+def report_stopped(job: Job) -> None:
+    """What there is of a run that was stopped: how its policies learned."""
+    rounds = records.RoundLog.read(job.out / "checkpoints" / "rounds")
+    from esper_jax.evidence import figures
+
+    if rounds:
+        figures.learning(job.out / "learning.png", rounds, job.card["data"]["name"])
+        records.write_arrays(job.out / "metrics.npz", rounds)
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
@@ -328,21 +396,30 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
     jax.config.update("jax_include_full_tracebacks_in_locations", False)
     if lost := compilation.keep_programs(compilation.cache_folder()):
         command.say(f"warning: {lost}")
-    job = None
+    job, stop = None, command.Interruption()
+    stop.message = lambda: f"stopped; go on with: {program} --resume {job.out}" if job else "stopped"
     try:
-        with contextlib.ExitStack() as held:
+        with stop.watched(), contextlib.ExitStack() as held:
+            stop.tidy = held.close
             with command.refusing(ValueError, OSError):
                 job = prepare(parse(argv), " ".join([program, *argv]), held)
             try:
                 job = start(job)
-                run, rounds = learn(job)
+                run, rounds = learn(job, stop)
                 publish(job, rounds | compare(job, run))
+            except command.Stopped:
+                report_stopped(job)
+                job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
+                command.say(stop.message())
+                return stop.code
+            except checkify.JaxRuntimeError as error:
+                raise command.Refusal(f"--debug-nans: {error}") from error
             except OSError as error:  # such as a full disk
                 raise command.Refusal(stopped(error, job.out)) from error
     except command.Refusal as refusal:
         return command.refused(typed(str(refusal), argv, kind))
     except KeyboardInterrupt:
-        command.say(f"stopped; go on with: {program} --resume {job.out}" if job else "stopped")
+        command.say(stop.message())
         return command.STOPPED
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

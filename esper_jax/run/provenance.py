@@ -16,6 +16,7 @@ import jax
 from esper_jax.config import Config
 from esper_jax.data import AnyDataset
 from esper_jax.presets import PRESETS
+from esper_jax.run import checkpoint
 
 PACKAGE = Path(__file__).parent.parent
 PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -68,10 +69,37 @@ def computed(cfg: Config) -> dict[str, Any]:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The run card of a run's folder. Raises ValueError naming the file if it is none."""
+    """The run card of a run's folder; where the file is missing or damaged, that of the newest checkpoint, with
+    `rebuilt`. Raises ValueError naming the file if there is none."""
+    try:
+        return _read_card(folder)
+    except ValueError:
+        kept = checkpoint.about(folder / "checkpoints")
+        if kept is None:
+            raise
+        return _checked_card(kept, folder / "run.json") | {"rebuilt": True}
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
-        card = {"script": None, "status": "running"} | json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: must be the run.json of a run: {error}") from None
+    try:
+        return _checked_card(json.loads(text), path)
+    except (ValueError, RecursionError) as error:
+        said = str(error)
+        raise ValueError(
+            said if said.startswith(str(path)) else f"{path}: must be the run.json of a run: {said}"
+        ) from None
+
+
+def _checked_card(given: Any, path: Path) -> dict[str, Any]:
+    try:
+        card = {"script": None, "status": "running"} | given
         Config.from_json(json.dumps(card["config"]))
         for name, allowed, fine in (
             ("preset", f"one of {', '.join(PRESETS)}", card["preset"] in list(PRESETS)),
@@ -84,8 +112,6 @@ def read_card(folder: Path) -> dict[str, Any]:
         if not isinstance(card["data"]["identity"], str):
             raise ValueError(f"data.identity = {card['data']['identity']!r}: must be a text")
         return card
-    except OSError as error:
-        raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: must be the run.json of a run: {reason}") from None

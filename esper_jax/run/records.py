@@ -18,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -151,16 +153,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+_ROUND = re.compile(r"(\d{6})\.npz(\.tmp)?")
+
+
 class RoundLog:
     """A file per round, so that a run that was killed keeps the rounds it had done."""
 
     def __init__(self, folder: Path, done: int = 0):
-        """Goes on after `done` rounds; what a killed run wrote beyond them is dropped, since it will be done again."""
+        """Goes on after `done` rounds, whose hashes are then `known`; what a killed run wrote beyond them is dropped,
+        since it will be done again. Files with other names are somebody else's."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
-            if not path.stem.isdecimal() or path.suffix != ".npz" or int(path.stem) >= done:
+            match = _ROUND.fullmatch(path.name)
+            if match and path.is_file() and (match[2] or int(match[1]) >= done):
                 path.unlink()
+        self.known = self.hashes(folder, done)
 
     @staticmethod
     def check(folder: Path, done: int) -> None:
@@ -176,15 +184,34 @@ class RoundLog:
                 raise ValueError(f"{error}; put it back, or start the run again in another folder") from error
 
     @staticmethod
+    def hashes(folder: Path, done: int) -> dict[str, str | None]:
+        """SHA-256 of the files of `done` rounds by their names; None of one that is not there."""
+        found: dict[str, str | None] = {}
+        for number in range(done):
+            path = RoundLog._path(folder, number)
+            try:
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError:
+                found[path.name] = None
+        return found
+
+    @staticmethod
     def _path(folder: Path, number: int) -> Path:
         return folder / f"{number:06d}.npz"
 
     def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
-        write_arrays(self._path(self.folder, number), arrays)
+        path = self._path(self.folder, number)
+        write_arrays(path, arrays)
+        self.known[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def stacked(self) -> dict[str, np.ndarray]:
-        """Everything so far, with a leading R; empty before the first round."""
-        rounds = [read_arrays(path) for path in sorted(self.folder.glob("*.npz"))]
+        """Everything so far, see `read`."""
+        return self.read(self.folder)
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, np.ndarray]:
+        """The rounds in a folder with a leading R; empty before the first one."""
+        rounds = [read_arrays(path) for path in sorted(folder.glob("*.npz")) if _ROUND.fullmatch(path.name)]
         return {name: np.stack([arrays[name] for arrays in rounds]) for name in rounds[0]} if rounds else {}
 
 

@@ -40,3 +40,14 @@ def test_devices_share_their_statistics():
 def test_states_are_float32():
     for leaf in jax.tree.leaves(N.update(N.init(2), jnp.ones((3, 2)))):
         assert leaf.dtype == jnp.float32 and not leaf.weak_type
+
+
+def test_a_row_that_is_not_finite_counts_for_nothing():
+    """Of 1, NaN, 3 and inf in the first feature two rows are left: mean 2, variance 1; nothing of none."""
+    batch = jnp.array([[1.0, 5.0], [jnp.nan, 6.0], [3.0, 7.0], [jnp.inf, 8.0]])
+    got = N.update(N.init(2), batch)
+    expected = N.update(N.init(2), batch[jnp.array([0, 2])])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+    np.testing.assert_allclose(got.mean, [2.0, 6.0], rtol=1e-3)
+    again = N.update(got, batch[jnp.array([1, 3])])
+    jax.tree.map(np.testing.assert_array_equal, again, got)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -23,7 +24,7 @@ from esper_jax import evidence, presets
 from esper_jax.config import Config
 from esper_jax.data import cifar10
 from esper_jax.evidence import figures
-from esper_jax.run import checkpoint, compilation, devices, folder, provenance
+from esper_jax.run import checkpoint, compilation, devices, folder, provenance, records
 from esper_jax.run import job as jobs
 from esper_jax.run.console import Console
 from experiments import audit, cifar
@@ -133,6 +134,46 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     jobs.publish(rest, rounds | jobs.compare(rest, state))
     for name in FILES - {"checkpoints", "run.json", "report.html"}:  # what holds no time
         assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_stop_is_asked_for_in_a_round(tmp_path, every):
+    """The round in hand is done, kept, and shown; going on from it ends with the same run."""
+    whole, stop = job(tmp_path, rounds=2), jobs.command.Interruption()
+
+    def update(key, run):
+        assert stop.patient
+        stop.asked = signal.SIGTERM
+        return whole.train.update(key, run)
+
+    options = dataclasses.replace(whole.options, checkpoint_every=every)
+    with pytest.raises(jobs.command.Stopped):
+        jobs.learn(whole._replace(train=whole.train._replace(update=update), options=options), stop)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1] and stop.code == 143
+    jobs.report_stopped(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "learning.png", "metrics.npz"}
+    hashes = lambda beside: records.RoundLog.hashes(tmp_path / "checkpoints" / "rounds", len(beside))
+    again, done, _ = checkpoint.resume(tmp_path / "checkpoints", whole.run, whole.meta, hashes)
+    state, rounds = jobs.learn(whole._replace(run=again))
+    assert done == 1 and tiny.equal(state, tiny_run.result().states[2])
+
+
+def test_a_learner_that_is_dead_ends_the_run(tmp_path):
+    """A price that is not a number makes all rewards so: the statistics stay finite, no step is taken, and the third
+    such round is the last one."""
+    start = job(tmp_path, rounds=5)
+    nan = jnp.full_like(start.run.hypers.reward.price, jnp.nan)
+    sick = start.run.replace(hypers=start.run.hypers.replace(reward=start.run.hypers.reward.replace(price=nan)))
+    with pytest.raises(
+        jobs.command.Refusal, match="policy 0 took no step in 3 rounds.*first not finite: hypers.reward"
+    ):
+        jobs.learn(start._replace(run=sick))
+    shown = start.console.rich.file.getvalue().splitlines()
+    assert len(shown) == 3 and all("  skipped=" in line for line in shown)
+    last, done = checkpoint.restore(tmp_path / "checkpoints", sick, start.meta)
+    assert (
+        done == 3 and np.isfinite(last.returns.var).all() and tiny.equal(last.learner.params, start.run.learner.params)
+    )
 
 
 def card(cfg, **changes):
@@ -424,7 +465,7 @@ def test_what_a_run_goes_on_from_is_read_before_anything_is_written(main, monkey
     (place / checkpoint.FINGERPRINT).write_text("[]")
     code, (line,) = main("--resume", "run", "--quiet")
     assert code == 2 and f"{place}/fingerprint.json: cannot be read" in line and path.read_bytes() == before
-    monkeypatch.setattr(checkpoint, "restore", lambda *args: (None, 1))
+    monkeypatch.setattr(checkpoint, "resume", lambda *args: (None, 1, []))
     code, (line,) = main("--resume", "run", "--quiet")
     assert code == 2 and line.startswith("error: run/checkpoints/rounds/000000.npz: is missing; put it back")
     code, (line,) = main("--resume", "run", "--quiet", "--rounds", "0")

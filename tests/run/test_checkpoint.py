@@ -164,18 +164,89 @@ def test_damage_is_found(folder):
         checkpoint.restore(folder, state(), META)
 
 
-def test_an_older_checkpoint_that_is_whole_is_named(folder):
+def empty(place, name):
+    (place / name).write_bytes(b"")
+
+
+def flip(place, name):
+    path = max((place / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: empty(place, checkpoint.FINGERPRINT),
+        lambda place: (place / checkpoint.FINGERPRINT).write_text("[]"),
+        lambda place: (place / checkpoint.FINGERPRINT).write_text(
+            '{"leaves": {}, "files": {}, "meta": {}, "about": 3}'
+        ),
+        lambda place: (place / checkpoint.FINGERPRINT).write_bytes(b"\xff\xfe"),
+        lambda place: (place / checkpoint.FINGERPRINT).unlink(),
+        lambda place: flip(place, "state"),
+        lambda place: shutil.rmtree(place / "state"),
+        lambda place: (place / "state" / "new").write_text("x"),
+        lambda place: (place.parent / "rounds" / "000003.npz").write_bytes(b""),
+        lambda place: (place.parent / "rounds" / "000003.npz").unlink(),
+        lambda place: shutil.copy(place.parent / "rounds" / "000002.npz", place.parent / "rounds" / "000003.npz"),
+    ],
+)
+def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, damage):
+    """Whatever happens to the newest one or to its round: it is kept aside, and the run goes on from the one before."""
+    log = records.RoundLog(tmp_path / "rounds")
+    for number in range(4):
+        log.write(number, {"x": np.full(3, number)})
+        checkpoint.save(tmp_path, number + 1, state(number), META, beside=log.known)
+    hashes = lambda beside: records.RoundLog.hashes(tmp_path / "rounds", len(beside))
+    restored, step, said = checkpoint.resume(tmp_path, state(), META, hashes)
+    assert step == 4 and not said and tiny.equal(restored, state(3))
+    damage(tmp_path / "step_00000004")
+    restored, step, (line,) = checkpoint.resume(tmp_path, state(), META, hashes)
+    assert step == 3 and tiny.equal(restored, state(2))
+    assert line.startswith("step_00000004 is damaged (") and "going on from step_00000003" in line
+    assert (tmp_path / "damaged_step_00000004").is_dir() and checkpoint.steps(tmp_path) == [3]
+    # the run does that round again, and a second accident finds the name taken
+    log = records.RoundLog(tmp_path / "rounds", step)
+    log.write(3, {"x": np.full(3, 3)})
+    checkpoint.save(tmp_path, 4, state(3), META, beside=log.known)
+    empty(tmp_path / "step_00000004", checkpoint.FINGERPRINT)
+    assert checkpoint.resume(tmp_path, state(), META, hashes)[1] == 3
+    assert (tmp_path / "damaged_step_00000004-2").is_dir()
+
+
+def test_where_nothing_is_whole_nothing_is_changed(tmp_path):
+    for number in (3, 4):
+        checkpoint.save(tmp_path, number, state(), META)
+        empty(tmp_path / f"step_{number:08d}", checkpoint.FINGERPRINT)
+    with pytest.raises(CheckpointError, match="step_00000004/.*cannot be read.*; no older checkpoint is whole"):
+        checkpoint.resume(tmp_path, state(), META, lambda beside: {})
+    assert checkpoint.steps(tmp_path) == [3, 4]
+
+
+def test_a_checkpoint_of_something_else_is_no_damage(folder):
+    """It is refused, however old the next one is."""
     checkpoint.save(folder, 4, state(2), META)
-    fingerprint = folder / "step_00000004" / checkpoint.FINGERPRINT
-    fingerprint.write_text("")
-    said = "read: .*; delete step_00000004 to go on from step_00000003, which is whole$"
-    with pytest.raises(CheckpointError, match=said):
-        checkpoint.restore(folder, state(), META)
-    with pytest.raises(CheckpointError, match="'other' here$"):  # what fits no checkpoint is no damage
-        checkpoint.restore(folder, state(), {**META, "data": "other"}, step=3)
-    (folder / "step_00000003" / checkpoint.FINGERPRINT).unlink()
-    with pytest.raises(CheckpointError, match="step_00000004/fingerprint.json: cannot be read: [^;]*$"):
-        checkpoint.restore(folder, state(), META)
+    with pytest.raises(CheckpointError, match="'other' here$"):
+        checkpoint.resume(folder, state(), {**META, "data": "other"}, lambda beside: {})
+    assert checkpoint.steps(folder) == [3, 4]
+
+
+def test_what_a_checkpoint_is_about(folder):
+    assert checkpoint.about(folder) is None
+    checkpoint.save(folder, 4, state(), META, about={"preset": "smoke"})
+    checkpoint.save(folder, 5, state(), META, about={"preset": "quick"})
+    empty(folder / "step_00000005", checkpoint.FINGERPRINT)
+    assert checkpoint.about(folder) == {"preset": "smoke"}
+
+
+def test_only_what_the_run_wrote_is_deleted(tmp_path):
+    for name in ("000000.npz", "000001.npz", "000002.npz", "000001.npz.tmp", "notes.txt", "12.npz"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "000007.npz").mkdir()
+    records.RoundLog(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.npz", "notes.txt", "12.npz", "000007.npz"}
 
 
 @pytest.mark.parametrize(

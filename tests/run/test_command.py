@@ -2,7 +2,11 @@
 
 import io
 import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +62,64 @@ def test_streams_replace_what_they_cannot_show(monkeypatch):
     command.use_plain_streams()
     print("1 ± 2", flush=True)
     assert raw.getvalue() == b"1 ? 2\n"
+
+
+SCRIPT = """
+import sys, time
+from esper_jax.run import command
+
+stop = command.Interruption()
+stop.message = lambda: "stopped at work"
+with stop.watched():
+    stop.patient = sys.argv[1] == "patient"
+    print("ready", flush=True)
+    for _ in range(200):
+        time.sleep(0.05)
+        if stop.asked and len(sys.argv) < 3:
+            print("done", flush=True)
+            command.leave(stop.code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("words", "signals", "out", "err"),
+    [
+        (["at once"], 1, "", "stopped at work\n"),
+        (["patient"], 1, "done\n", "stopping when this round is done; once more to stop at once\n"),
+        (
+            ["patient", "for ever"],
+            2,
+            "",
+            "stopping when this round is done; once more to stop at once\nstopped at work\n",
+        ),
+    ],
+)
+def test_signals_end_what_is_in_hand(number, words, signals, out, err):
+    """At once, or when it is done, or at the second one; the exit code tells the signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    for _ in range(signals):
+        process.send_signal(number)
+        time.sleep(0.3)
+    got = process.communicate(timeout=20)
+    assert got == (out, err) and process.returncode == 128 + number and time.monotonic() - began < 5
+
+
+def test_a_thread_leaves_signals_alone():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with command.Interruption().watched():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
+    with command.Interruption().watched():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
