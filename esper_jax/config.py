@@ -643,6 +643,27 @@ class TextConfig(Config):
         _require(window <= longest, self.data, "window", f"at most {longest}, the host's block_size")
 
 
+# What fields that came later have to be for a configuration from before them to mean what it meant; else the default.
+AS_BEFORE = {"governor.rules": "reference", "host.gate": "reference"}
+
+
+def completed(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A configuration of an older version as `to_json` wrote it, with the fields that it lacks, and these by their
+    dotted names."""
+    host = tree.get("host")
+    cls = TextConfig if isinstance(host, dict) and "block_size" in host else Config
+    whole, added = dict(tree), {}
+    defaults = json.loads(cls().to_json())
+    for part, fields in defaults.items():
+        if not isinstance(fields, dict) or not isinstance(tree.get(part), dict):
+            continue  # what a configuration never lacked
+        lacking = {name: AS_BEFORE.get(f"{part}.{name}", value) for name, value in fields.items()}
+        lacking = {name: value for name, value in lacking.items() if name not in tree[part]}
+        whole[part] = tree[part] | lacking
+        added |= {f"{part}.{name}": value for name, value in lacking.items()}
+    return whole, added
+
+
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     """What an error about an unknown name says next; empty if nothing is near."""
     near = difflib.get_close_matches(name, names, n=1)

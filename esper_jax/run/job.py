@@ -57,6 +57,8 @@ class JobOptions:
     """rounds between checkpoints; 0 writes none"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
+    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    """resume with other versions, sources or devices than before, which may change the numbers"""
     debug_nans: tyro.conf.FlagCreatePairsOff[bool] = False
     """stop at the first operation of the learner's update whose result is not a number, and name it; slow"""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -177,7 +179,11 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     plan(console, cfg, dataset, rules=len(rules))
     train, key = make_train(cfg, dataset, rules), jax.random.key(cfg.seed)
 
-    meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
+    added = before.get("added", [])
+    if new := before.get("new"):
+        fields = ", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items())
+        warn(f"the run is of an older version, and goes on with {fields}")
+    meta = {"config": provenance.computed(cfg, added), "data": provenance.digest(dataset.identity)}
     run = None
     kept = out / "checkpoints"
     for place in (kept, kept / "rounds"):
@@ -196,6 +202,9 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         records.RoundLog.check(kept / "rounds", done)
     if options.resume:
         console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
+    part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
+    part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
+    _compare_parts(before, part, out, options.force, warn)
     card = {
         "status": "running",
         "command": command_line,
@@ -203,6 +212,8 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "preset": options.preset,
         "arms": list(train.controllers),
         "script": script,
+        "added": added,
+        "parts": [*before.get("parts", []), part],
         **card,
     }
     records.write_json(out / "run.json", card)
@@ -219,6 +230,29 @@ def _checked(train: Train, cfg: Config) -> Train:
         return out
 
     return bind(cfg, train.dataset, train.controllers, train.programs._replace(learn=checked))
+
+
+def _compare_parts(before: dict, now: dict, out: Path, force: bool, warn: Callable[[str], None]) -> None:
+    """Says what differs from the last part of a run. Raises ValueError where its numbers would become others."""
+    if not before:
+        return
+    then = before["parts"][-1] if before.get("parts") else before
+    facts = {
+        **{name: ("versions", name) for name in ("jax", "jaxlib", "numpy")},
+        "esper_jax's sources": ("source", "sha256"),
+        "device": ("device", "kind"),
+        "devices used": ("device", "used"),
+    }
+    at = lambda part, keys: (part.get(keys[0]) or {}).get(keys[1])
+    differs = {name: (at(then, keys), at(now, keys)) for name, keys in facts.items()}
+    shown = {name: pair for name, pair in differs.items() if pair[0] is not None and pair[0] != pair[1]}
+    if not shown:
+        return
+    line = "; ".join(f"{name} {str(old)[:20]} then, {str(new)[:20]} now" for name, (old, new) in shown.items())
+    if set(shown) == {"devices used"} or force:  # which computes the same
+        warn(f"not as the last part of this run: {line}")
+    else:
+        raise ValueError(f"--resume {out}: {line}: its numbers may become others; --force goes on all the same")
 
 
 def start(job: Job) -> Job:

@@ -8,12 +8,13 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from esper_jax.config import Config
+from esper_jax.config import Config, completed
 from esper_jax.data import AnyDataset
 from esper_jax.presets import PRESETS
 from esper_jax.run import checkpoint
@@ -61,11 +62,18 @@ def same_data(identity: str, other: str) -> bool:
     return digest(identity) == digest(other)
 
 
-def computed(cfg: Config) -> dict[str, Any]:
-    """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this."""
+def computed(cfg: Config, added: Iterable[str] = ()) -> dict[str, Any]:
+    """What decides the numbers of a round. Where the data lie does not: their identity is compared beside this.
+
+    Args:
+      added: dotted names of fields that a run from before them does not have in its checkpoints.
+    """
     fields = {name: value for name, value in cfg.to_dict().items() if name not in NOT_COMPUTED}
     places = ("data_dir", "files")
-    return fields | {"data": {name: value for name, value in fields["data"].items() if name not in places}}
+    fields |= {"data": {name: value for name, value in fields["data"].items() if name not in places}}
+    for part, _, name in (dotted.partition(".") for dotted in added):
+        fields[part] = {field: value for field, value in fields[part].items() if field != name}
+    return fields
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -99,13 +107,18 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _checked_card(given: Any, path: Path) -> dict[str, Any]:
     try:
-        card = {"script": None, "status": "running"} | given
+        card = {"script": None, "status": "running", "added": []} | given
+        if isinstance(card["config"], dict):
+            card["config"], added = completed(card["config"])
+            card["new"] = {name: value for name, value in added.items() if name not in card["added"]}
+            card["added"] = sorted({*card["added"], *added})
         Config.from_json(json.dumps(card["config"]))
         for name, allowed, fine in (
             ("preset", f"one of {', '.join(PRESETS)}", card["preset"] in list(PRESETS)),
             ("status", "a word", isinstance(card["status"], str)),
             ("script", "a text or null", isinstance(card["script"], str | None)),
             ("data", "an object", isinstance(card["data"], dict)),
+            ("added", "a list of texts", all(isinstance(name, str) for name in card["added"])),
         ):
             if not fine:
                 raise ValueError(f"{name} = {card[name]!r}: must be {allowed}")

@@ -473,6 +473,64 @@ def test_what_a_run_goes_on_from_is_read_before_anything_is_written(main, monkey
     assert path.read_bytes() == before and {path.name for path in Path("run").iterdir()} == {"checkpoints", "run.json"}
 
 
+def test_a_run_goes_on_as_what_it_was(main, monkeypatch, tmp_path, capsys):
+    """Its parts are recorded; other versions are refused, unless that is forced; an older run's missing fields are
+    named, with what they were before there was a choice."""
+    monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(*SMALL, "--out", "run")[0] == 130
+    path = Path("run/run.json")
+    read = lambda: json.loads(path.read_text())
+    assert main("--resume", "run", "--quiet")[0] == 130
+    assert [part["command"].split()[-1] for part in read()["parts"]] == ["run", "--quiet"]
+
+    def edit(change):
+        card = read()
+        change(card)
+        path.write_text(json.dumps(card))
+
+    edit(lambda card: card["parts"][-1]["versions"].update(jax="0.1.2"))
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and line == (
+        f"error: --resume run: jax 0.1.2 then, {jax.__version__} now: its numbers may become others; --force goes on "
+        "all the same"
+    )
+    assert main("--resume", "run", "--quiet", "--force")[0] == 130 and len(read()["parts"]) == 3
+
+    edit(lambda card: [card["config"]["training"].pop("optimiser"), card["config"]["governor"].pop("rules")])
+    assert main("--resume", "run")[0] == 130
+    out = read()
+    assert out["added"] == ["governor.rules", "training.optimiser"]
+    assert out["config"]["training"]["optimiser"] == "sgd" and out["config"]["governor"]["rules"] == "reference"
+    assert main("--resume", "run")[0] == 130 and read()["added"] == out["added"]
+
+
+def test_a_run_card_that_is_lost_is_rebuilt(main, monkeypatch, tmp_path):
+    """From the newest checkpoint, before anything is compiled; without one it is one line."""
+    monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(*SMALL, "--out", "run")[0] == 130
+    path = Path("run/run.json")
+    card = json.loads(path.read_text())
+    path.unlink()
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert (
+        code == 2 and line == "error: run: must be the folder of a run, with its run.json (No such file or directory)"
+    )
+    cfg = Config.from_json(json.dumps(card["config"]))
+    train = jobs.make_train(cfg, jobs.data.load(cfg.data))
+    meta = {"config": provenance.computed(cfg), "data": provenance.digest(card["data"]["identity"])}
+    checkpoint.save("run/checkpoints", 0, train.init(jax.random.key(0)), meta, about=card)
+    for damaged in (None, "", "[]", "{", '{"config": 3}', json.dumps({**card, "preset": None})):
+        if damaged is not None:
+            path.write_text(damaged)
+        assert main("--resume", "run", "--quiet")[0] == 130
+        again = json.loads(path.read_text())
+        assert again["config"] == card["config"] and again["preset"] == "smoke" and again["script"] is None
+    Path("run/checkpoints").rename("run/aside")
+    Path("run/checkpoints").write_text("x")
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and line == "error: run/checkpoints: must be a folder; move that file away, then go on"
+
+
 def test_starts_at_the_same_time_have_folders_of_their_own(main, monkeypatch, tmp_path):
     class Now(jobs.datetime):
         now = staticmethod(lambda: jobs_now)
