@@ -420,7 +420,7 @@ class GovernorConfig:
     min_history: int = number(10, above=0, high=10_000)
     min_panics: int = number(3, above=0)
     """divergent losses in a row before the rollback"""
-    snapshot_epochs: int = number(3, above=0)
+    snapshot_epochs: int = number(2, above=0)
     """a snapshot is taken at an accepted epoch every so many, before the first of these at each, and after each
     fossilisation"""
 

@@ -36,10 +36,11 @@ def update(state: RunningStatistics, batch: Array, *, axis_name: str | None = No
     Args:
       axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
     """
-    finite = jnp.isfinite(batch).all(1)
+    finite = jnp.isfinite(batch).reshape(batch.shape[0], -1).all(1)
+    counted = jnp.expand_dims(finite, tuple(range(1, batch.ndim)))
     share = mean_over_devices(jnp.mean(finite.astype(jnp.float32)), axis_name)
     divisor = jnp.where(share > 0, share, 1)
-    average = lambda x: mean_over_devices(jnp.mean(jnp.where(finite[:, None], x, 0), axis=0), axis_name) / divisor
+    average = lambda x: mean_over_devices(jnp.mean(jnp.where(counted, x, 0), axis=0), axis_name) / divisor
     mean = average(batch)
     var = average(jnp.square(batch - mean[None]))
     rows = share * (batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name)))

@@ -83,7 +83,7 @@ def evaluate(
         rows_of_tile, weight = entry
         label = labels[rows_of_tile]
         weight = jnp.expand_dims(weight, tuple(range(1, label.ndim)))  # of an example, for each of its labels
-        read = lambda logits: jnp.stack([top_1(logits, label), _cross_entropy(logits, label)]) * weight
+        read = lambda logits: jnp.stack([top_1(logits, label), _cross_entropy(logits, label)]) * weight[None]
         correct, nats = forward(prepare(inputs[rows_of_tile]), read).swapaxes(0, 1)  # each [rows, n, ...]
         new = [each.sum(tuple(range(1, each.ndim))) for each in (correct, nats)]
         if classes:
@@ -115,7 +115,8 @@ def top_1(logits: Array, labels: Array) -> Array:
 
     As `argmax` would say, which compilers do not vectorise. A row with NaN is wrong.
     """
-    before = jnp.arange(logits.shape[-1], dtype=jnp.int32) < labels[..., None]
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    before = places < labels[..., None]
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     return jnp.where(before, logits < picked, logits <= picked).all(-1).astype(jnp.float32)
 

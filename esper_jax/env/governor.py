@@ -339,7 +339,7 @@ class Snapshot:
     model: Any  # as in `snapshot`
     fossil: Array  # bool[S]
     slots: SlotState
-    checksum: Array  # u32[] of the model when it was taken
+    checksum: Array  # i32[] of the model when it was taken
     recent: Recent | None = None  # what the epochs that led to it were like
 
     @property
@@ -349,13 +349,13 @@ class Snapshot:
 
 
 def checksum(model: Any) -> Array:
-    """u32[]: the bits of all numbers with their places, each scrambled, summed modulo 2^32."""
+    """i32[]: the bits of all numbers with their places, each scrambled, summed modulo 2^32."""
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(model)):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32).ravel(), jnp.uint32)
         place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(number << 24)
         total = total + _scrambled(bits ^ _scrambled(place)).sum(dtype=jnp.uint32)
-    return total
+    return jax.lax.bitcast_convert_type(total, jnp.int32)
 
 
 def _scrambled(x: Array) -> Array:

@@ -246,7 +246,7 @@ def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, Epoc
 def expected_rise(setting: Setting, before: EnvState, left: Array) -> Array:
     """f32[]: by how much the loss was higher without the seeds in `left` (bool[S]) when it was last measured; 0 where
     none has left, or none of the measured configurations is without just these."""
-    without = (jnp.asarray(setting.configurations) == ~left).all(-1)
+    without = (jnp.asarray(setting.configurations) == ~left[None]).all(-1)
     rise = jnp.where(without, before.evaluation.losses - before.evaluation.loss, 0).sum()
     return jnp.where(left.any() & without.any(), rise, 0.0)
 

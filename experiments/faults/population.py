@@ -235,6 +235,8 @@ KINDS = (
     Kind("learning-rate decay", (0.5, 0.2, 0.1, 0.01), _learning_rate, harmless=True),
     Kind("small batches", (2.0, 4.0, 8.0, 16.0), harmless=True, repeat=True, lasts=10**6),
     Kind("weight noise", (0.01, 0.03, 0.05, 0.1), _noise, harmless=True),
+    # what a rollback does to an environment besides: batches in another order
+    Kind("another data order", (0.0,) * 4, lambda s, v, k: s.replace(rollbacks=s.rollbacks + 1), harmless=True),
 )
 NUMBER = {kind.name: number for number, kind in enumerate(KINDS)}
 
