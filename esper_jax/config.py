@@ -406,9 +406,9 @@ class GovernorConfig:
     probation: int = number(10, above=0)
     """a panic before so many epochs were accepted since the last one counts as in a row with it"""
     backoff: float = number(0.25, above=0, high=1)
-    """what the learning rates are multiplied by from the third panic in a row on, until the probation is over"""
+    """robust: what the learning rates are multiplied by from the third panic in a row on, until probation is over"""
     give_up: int = number(5, above=1)
-    """panics in a row after which an environment keeps its last good state and trains no more"""
+    """robust: panics in a row after which an environment is neither trained nor decided about any more"""
     sensitivity: float = number(6.0, above=0)
     """standard deviations above the mean of the accepted losses"""
     multiplier: float = number(3.0, above=0)

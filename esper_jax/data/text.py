@@ -146,7 +146,7 @@ def read(files: Iterable[str]) -> Corpus:
         if not parts[-1].strip():
             raise DataError(f"--text {name}: is empty; must hold text")
         if "\0" in parts[-1]:
-            raise DataError(f"--text {name}: must be UTF-8, but has zero bytes at {parts[-1].index(chr(0))}")
+            raise DataError(f"--text {name}: must be UTF-8, but has a zero byte as character {parts[-1].index(chr(0))}")
     return Corpus("\n".join(parts), " ".join(Path(name).name for name in files))
 
 

@@ -76,7 +76,7 @@ class StepInfo:
     accepted: Array  # bool[] the governor took the loss
     panic: Array  # bool[] the governor rolled the run back
     panic_reason: Array  # i32[] PanicReason
-    given_up: Array  # bool[] too many panics in a row: the last good state is kept and not trained any more
+    given_up: Array  # bool[] too many panics in a row: the last good network is neither trained nor decided about
     table: Array  # f32[K] accuracy of each on/off configuration
     committed_accuracy: Array  # f32[] of what is fossilised, everything else off
     committed_loss: Array  # f32[]

@@ -191,8 +191,8 @@ def newborn(setting: Setting, key: Array) -> EnvState:
 
 
 def legal_actions(setting: Setting, state: EnvState) -> Masks:
-    """What may be asked for now; before the first epoch only WAIT."""
-    return masks.legal(state.slots, setting.cfg.lifecycle, allowed=state.epoch > 0)
+    """What may be asked for now; before the first epoch, and once it is given up, only WAIT."""
+    return masks.legal(state.slots, setting.cfg.lifecycle, allowed=(state.epoch > 0) & ~state.governor.given_up)
 
 
 def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[EnvState, Outcome]:
@@ -215,16 +215,11 @@ def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[
     model = state.model.replace(seeds=tuple(seeds))
     optimiser = host_training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
     # a seed's weights were validated just before it was fossilised: keep them as they are now
-    snapshot = lax.cond(
-        outcome.op == Op.FOSSILIZE,
-        governor.admit_fossils,
-        lambda snapshot, model, slots: snapshot,
-        state.snapshot,
-        model,
-        after,
-    )
+    admit = lambda kept: tuple(governor.admit_fossils(each, model, after) for each in kept)
+    snapshots = (state.snapshot, state.older)
+    newest, older = lax.cond(outcome.op == Op.FOSSILIZE, admit, lambda kept: kept, snapshots)
     after = stages.tick(after, cfg.lifecycle)
-    return state.replace(model=model, optimiser=optimiser, slots=after, snapshot=snapshot), outcome
+    return state.replace(model=model, optimiser=optimiser, slots=after, snapshot=newest, older=older), outcome
 
 
 def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, EpochMetrics]:
@@ -248,7 +243,8 @@ def expected_rise(setting: Setting, before: EnvState, left: Array) -> Array:
     none has left, or none of the measured configurations is without just these."""
     without = (jnp.asarray(setting.configurations) == ~left[None]).all(-1)
     rise = jnp.where(without, before.evaluation.losses - before.evaluation.loss, 0).sum()
-    return jnp.where(left.any() & without.any(), rise, 0.0)
+    # what is not finite is no expectation, and a network that is better without is judged as it was
+    return jnp.where(left.any() & without.any() & jnp.isfinite(rise), jnp.maximum(rise, 0.0), 0.0)
 
 
 def apply_verdict(
@@ -261,6 +257,7 @@ def apply_verdict(
       new_fossil: bool[] a seed was fossilised in this step.
     """
     cfg = setting.cfg.governor
+    robust = cfg.rules == "robust"
     left = networks.live_slots(before.model, before.slots) & ~networks.live_slots(state.model, state.slots)
     seen = governor.vitals(
         state.model, state.optimiser, loss=measured.loss, accuracy=measured.accuracy, train_loss=metrics.loss,
@@ -280,14 +277,17 @@ def apply_verdict(
     newest, older = lax.cond(due, renew, lambda newest, older: (newest, older), state.snapshot, state.older)
 
     def back(newest, older):
-        good = governor.best_snapshot(newest, older, governor_state.in_a_row)
+        good = governor.best_snapshot(newest, older, governor_state.in_a_row) if robust else newest
         return good, governor.rollback(good, state.model, state.slots)
 
     stay = lambda newest, older: (newest, (state.model, state.slots))
     newest, (model, restored) = lax.cond(verdict.panic, back, stay, newest, older)
+    # the snapshot's losses were those of a network with the seeds that are pruned now
+    pruned = networks.live_slots(before.model, before.slots) & ~networks.live_slots(model, restored)
     resumed = governor.after_rollback(governor_state).replace(recent=newest.recent)
-    slower = verdict.panic & (governor_state.in_a_row >= governor.BACKED_OFF)
-    over = verdict.accepted & (governor_state.since_panic == cfg.probation)
+    resumed = governor.restated(resumed, expected_rise(setting, before, pruned))
+    slower = verdict.panic & (governor_state.in_a_row >= governor.BACKED_OFF) & robust
+    over = verdict.accepted & (governor_state.in_a_row > 0) & (governor_state.since_panic == cfg.probation)
     lr_scale = jnp.where(over, jnp.maximum(state.lr_scale, 1.0), state.lr_scale)
     nobody = jnp.zeros(setting.n_slots, bool)
     state = state.replace(

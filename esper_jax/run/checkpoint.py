@@ -132,10 +132,8 @@ def resume(
     template: Any,
     meta: dict[str, Any],
     hashes: Callable[[dict[str, Any]], dict[str, str | None]],
-) -> tuple[Any, int, list[str]]:
-    """The newest checkpoint that is whole, its step, and a line for each newer one that is not.
-
-    Those are set aside: renamed to `damaged_...` once a whole one was found.
+) -> tuple[Any, int, list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, its step, and each newer one that is not, with what is wrong with it.
 
     Args:
       hashes: SHA-256 of the files that a checkpoint counts with as they are now, given what `save` knew of them.
@@ -143,8 +141,7 @@ def resume(
     Raises CheckpointError if none is whole, or the newest whole one is of something else.
     """
     folder = Path(folder).absolute()
-    said, damaged = [], []
-    first: DamageError | None = None
+    damaged: list[tuple[Path, str]] = []
     for step in reversed(steps(folder)):
         place = folder / f"step_{step:08d}"
         try:
@@ -156,16 +153,21 @@ def resume(
                     raise DamageError(f"{name}, which {place.name} counts with, {what}")
             state = _restore(place, template, meta)
         except DamageError as error:
-            first = first or error
-            damaged.append(place)
+            damaged.append((place, str(error)))
             continue
-        for bad in damaged:
-            bad.rename(_free(bad.with_name(f"damaged_{bad.name}")))
-            said.append(f"{bad.name} is damaged ({first}): kept as damaged_{bad.name}; going on from {place.name}")
-        return state, step, said
-    if first is not None:
-        raise CheckpointError(f"{first}; no older checkpoint is whole: start the run again in another folder") from None
+        return state, step, damaged
+    if damaged:
+        raise CheckpointError(f"{damaged[0][1]}; no older checkpoint is whole: start the run again in another folder")
     raise CheckpointError(f"{folder}: a checkpoint is not there (steps there: none)")
+
+
+def set_aside(damaged: list[tuple[Path, str]]) -> list[str]:
+    """Renames damaged checkpoints to `damaged_...`: a line about each."""
+    said = []
+    for place, why in damaged:
+        aside = place.rename(_free(place.with_name(f"damaged_{place.name}")))
+        said.append(f"{place.name} is damaged ({why}): kept as {aside.name}, and an older one is gone on from")
+    return said
 
 
 def _free(path: Path) -> Path:

@@ -66,8 +66,8 @@ class Interruption:
                 say("stopping when this round is done; once more to stop at once")
             else:
                 self.asked = came[0]
-                say(self.message())
                 with contextlib.suppress(Exception):
+                    say(self.message())
                     self.tidy()
                 leave(self.code)
         os.close(read)

@@ -184,7 +184,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         fields = ", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items())
         warn(f"the run is of an older version, and goes on with {fields}")
     meta = {"config": provenance.computed(cfg, added), "data": provenance.digest(dataset.identity)}
-    run = None
+    run, damaged = None, []
     kept = out / "checkpoints"
     for place in (kept, kept / "rounds"):
         if os.path.lexists(place) and not place.is_dir():
@@ -194,9 +194,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     if options.resume and checkpoint.steps(kept):
         template = compilation.run_template(train, cfg, key)
         hashes = lambda beside: records.RoundLog.hashes(kept / "rounds", len(beside))
-        run, done, said = checkpoint.resume(kept, template, meta, hashes)
-        for line in said:
-            warn(line)
+        run, done, damaged = checkpoint.resume(kept, template, meta, hashes)
         if done > cfg.rounds:
             raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
         records.RoundLog.check(kept / "rounds", done)
@@ -205,6 +203,13 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
     part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
     _compare_parts(before, part, out, options.force, warn)
+    # from here on files are changed
+    for line in checkpoint.set_aside(damaged):
+        warn(line)
+    if damaged:  # what was computed since the checkpoint that is gone on from is kept, too
+        records.RoundLog.set_aside(kept / "rounds", done, kept / "damaged_rounds")
+    if before.get("rebuilt") and (out / "run.json").exists():
+        (out / "run.json").replace(out / "run.json.damaged")
     card = {
         "status": "running",
         "command": command_line,
@@ -222,7 +227,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
 
 def _checked(train: Train, cfg: Config) -> Train:
     """The same run, whose updates raise checkify's error at the first operation that gives what is not a number."""
-    learn = jax.jit(checkify.checkify(train.programs.learn, errors=checkify.float_checks))
+    learn = jax.jit(checkify.checkify(train.programs.learn, errors=checkify.nan_checks))
 
     def checked(*args):
         error, out = learn(*args)
@@ -314,12 +319,13 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
             log.write(number, arrays)
             idle = np.where(dead(arrays), idle + 1, 0)
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
-            if every and ((number + 1) % every == 0 or number + 1 == rounds or stop.asked):
+            asked = stop.asked
+            if every and ((number + 1) % every == 0 or number + 1 == rounds or asked):
                 checkpoint.save(folder, number + 1, run, job.meta, about=job.card, beside=log.known)
             stop.patient = False
             if idle.max() >= MOST_IDLE_ROUNDS:
                 raise command.Refusal(_why_idle(int(idle.argmax()), run, metrics))
-            if stop.asked:
+            if asked:
                 raise command.Stopped
     return run, log.stacked()
 
@@ -343,13 +349,16 @@ def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
 
 
 def report_stopped(job: Job) -> None:
-    """What there is of a run that was stopped: how its policies learned."""
+    """What there is of a run that was stopped: the arrays of its rounds, and how its policies learned."""
     rounds = records.RoundLog.read(job.out / "checkpoints" / "rounds")
-    from esper_jax.evidence import figures
+    records.write_arrays(job.out / "metrics.npz", rounds)
+    try:
+        from esper_jax.evidence import figures
 
-    if rounds:
         figures.learning(job.out / "learning.png", rounds, job.card["data"]["name"])
-        records.write_arrays(job.out / "metrics.npz", rounds)
+        job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
+    except Exception as error:  # a run is worth more than a picture of it
+        job.console.say(f"  no learning.png: {type(error).__name__}: {command.line(error)}", always=True)
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
@@ -431,7 +440,7 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
     if lost := compilation.keep_programs(compilation.cache_folder()):
         command.say(f"warning: {lost}")
     job, stop = None, command.Interruption()
-    stop.message = lambda: f"stopped; go on with: {program} --resume {job.out}" if job else "stopped"
+    stop.message = lambda: f"stopped; go on with: {program} --resume {shlex.quote(str(job.out))}" if job else "stopped"
     try:
         with stop.watched(), contextlib.ExitStack() as held:
             stop.tidy = held.close
@@ -442,8 +451,8 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
                 run, rounds = learn(job, stop)
                 publish(job, rounds | compare(job, run))
             except command.Stopped:
-                report_stopped(job)
-                job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
+                with contextlib.suppress(OSError, ValueError):  # a full disk: the checkpoint is there
+                    report_stopped(job)
                 command.say(stop.message())
                 return stop.code
             except checkify.JaxRuntimeError as error:

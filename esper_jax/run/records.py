@@ -171,6 +171,14 @@ class RoundLog:
         self.known = self.hashes(folder, done)
 
     @staticmethod
+    def set_aside(folder: Path, done: int, into: Path) -> None:
+        """Moves the rounds after the first `done` ones to another folder, in place of what is there."""
+        for path in sorted(folder.iterdir()):
+            if (match := _ROUND.fullmatch(path.name)) and path.is_file() and int(match[1]) >= done:
+                into.mkdir(exist_ok=True)
+                path.replace(into / path.name)
+
+    @staticmethod
     def check(folder: Path, done: int) -> None:
         """Raises ValueError naming the first of `done` rounds that is missing, damaged or not like the others."""
         first = None

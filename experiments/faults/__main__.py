@@ -4,8 +4,8 @@
 
 puts faults into a population of hosts on the digits, compares detectors on the same traces, and then lets the default
 governor act. A fault is harmful if the mean accuracy of the ten epochs from it on is more than five points below that
-of the same environment without it. Thresholds were chosen on the seeds of even numbers; what is reported is about the
-others. smoke takes two to three minutes on two cores, quick a quarter of an hour, full more than an hour.
+of the same environment without it. The governor's thresholds were chosen on the seeds of even numbers; what is reported
+is about the others. smoke takes two to three minutes on two cores, quick a quarter of an hour, full more than an hour.
 """
 
 from __future__ import annotations
@@ -180,11 +180,12 @@ def recovery(plan: Plan, base, cases, free, acted) -> dict[str, Any]:
 
 
 def _lost_epochs(plan: Plan, cells: Cell, acted, probation: int) -> np.ndarray:
-    """i32 [N]: epochs of training that rollbacks threw away, the broken ones included."""
+    """i32 [N]: epochs of training that rollbacks threw away, the broken ones included, by the cadence of snapshots: one
+    that was damaged counts as the one that was taken in its place."""
     start, lost = np.array(plan.times)[cells.time], np.zeros(len(cells.seed), np.int32)
     for row, first in enumerate(start):
         kept = first - first % plan.snapshot_epochs if first >= plan.snapshot_epochs else first  # epochs it has had
-        older, trained, in_a_row, since = max(0, kept - plan.snapshot_epochs), first, 0, NEVER_YET
+        older, trained, in_a_row, since = max(1, kept - plan.snapshot_epochs), first, 0, NEVER_YET
         for k in range(plan.window):
             if acted.given_up[row, k - 1] if k else False:
                 break
@@ -279,7 +280,7 @@ def _outcome_lines(outcome, cost, stored) -> list[str]:
         f"order, as after a rollback: {shown(outcome['other_order'])}",
         f"given up: {given_up}; panics per fault, median {outcome['panics_median']:.0f}; epochs lost, median "
         f"{outcome['lost_epochs_median']:.0f}, p95 {outcome['lost_epochs_p95']:.0f}",
-        f"other environments bitwise unchanged: {outcome['others_unchanged']}; judging costs "
+        f"clean environments among the others bitwise as by themselves: {outcome['others_unchanged']}; judging costs "
         f"{100 * cost['share_of_an_epoch']:+.2f} % ± {100 * cost['quartile_distance']:.2f} of an epoch "
         f"(n = {cost['n']}); "
         f"two snapshots hold {stored['two_snapshots']:,} bytes, {ratio:.2f} of model and optimiser",

@@ -205,7 +205,9 @@ def _noise(state, severity, key):
     )
 
 
-_nan = _in_some_kernel(_one_weight(lambda kernel, severity: jnp.where(severity > 1, jnp.inf, jnp.nan) * severity))
+_nan = _in_some_kernel(
+    _one_weight(lambda kernel, severity: jnp.where(jnp.abs(severity) > 1, jnp.inf, jnp.nan) * severity)
+)
 _scale = _in_some_kernel(lambda kernel, severity, key: kernel * severity)
 _flip = _head(lambda kernel: -kernel)
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -300,7 +302,7 @@ class Trace:
 
     @classmethod
     def of(cls, setting: Setting, before: EnvState, state: EnvState, info: Any) -> Trace:
-        """Of a step that nothing was rolled back in: the state is what was judged."""
+        """Of a step; where nothing was rolled back, the state is what was judged."""
         left = networks.live_slots(before.model, before.slots) & ~networks.live_slots(state.model, state.slots)
         seen = governor.vitals(
             state.model, state.optimiser, loss=info.val_loss, accuracy=info.val_accuracy,

@@ -136,7 +136,7 @@ def test_characters_of_byte_pairs_are_counted_once(tmp_path, line, size):
 def test_one_character_alone_or_zero_bytes_are_no_text(tmp_path):
     with pytest.raises(DataError, match="one character alone, 'a'"):
         data.load(config(files(tmp_path, "a" * 500)))
-    with pytest.raises(DataError, match="zero bytes at 1"):
+    with pytest.raises(DataError, match="a zero byte as character 1"):
         data.load(config(files(tmp_path, "h\0e\0" * 500)))
     marked = tmp_path / "marked.txt"
     marked.write_bytes(b"\xef\xbb\xbf" + b"some words " * 60)

@@ -200,19 +200,21 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, damage):
         log.write(number, {"x": np.full(3, number)})
         checkpoint.save(tmp_path, number + 1, state(number), META, beside=log.known)
     hashes = lambda beside: records.RoundLog.hashes(tmp_path / "rounds", len(beside))
-    restored, step, said = checkpoint.resume(tmp_path, state(), META, hashes)
-    assert step == 4 and not said and tiny.equal(restored, state(3))
+    restored, step, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
+    assert step == 4 and not damaged and tiny.equal(restored, state(3))
     damage(tmp_path / "step_00000004")
-    restored, step, (line,) = checkpoint.resume(tmp_path, state(), META, hashes)
-    assert step == 3 and tiny.equal(restored, state(2))
-    assert line.startswith("step_00000004 is damaged (") and "going on from step_00000003" in line
+    restored, step, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
+    assert step == 3 and tiny.equal(restored, state(2)) and checkpoint.steps(tmp_path) == [3, 4]
+    (line,) = checkpoint.set_aside(damaged)
+    assert line.startswith("step_00000004 is damaged (") and "kept as damaged_step_00000004, and" in line
     assert (tmp_path / "damaged_step_00000004").is_dir() and checkpoint.steps(tmp_path) == [3]
     # the run does that round again, and a second accident finds the name taken
     log = records.RoundLog(tmp_path / "rounds", step)
     log.write(3, {"x": np.full(3, 3)})
     checkpoint.save(tmp_path, 4, state(3), META, beside=log.known)
     empty(tmp_path / "step_00000004", checkpoint.FINGERPRINT)
-    assert checkpoint.resume(tmp_path, state(), META, hashes)[1] == 3
+    *_, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
+    assert "kept as damaged_step_00000004-2" in checkpoint.set_aside(damaged)[0]
     assert (tmp_path / "damaged_step_00000004-2").is_dir()
 
 
