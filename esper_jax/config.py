@@ -391,11 +391,11 @@ class LifecycleConfig:
 class GovernorConfig:
     rules: Literal["robust", "reference", "off"] = "robust"
     """what an epoch is judged by; reference: the reference's three rules; off: nothing is ever rolled back"""
-    loss_rise: float = number(0.15, above=0)
+    loss_rise: float = number(0.25, above=0)
     """robust: validation loss above the lowest of the last three, as a share of a uniform guess's"""
     train_loss_rise: float = number(0.1, above=0)
     """robust: training loss above that of the epoch before, as a share of a uniform guess's"""
-    accuracy_drop: float = number(8.0, above=0)
+    accuracy_drop: float = number(12.0, above=0)
     """robust: points below the highest of the last three accuracies, besides what chance does"""
     accuracy_noise: float = number(3.0, low=0)
     """robust: what chance does, in standard deviations of an accuracy measured on so many examples"""

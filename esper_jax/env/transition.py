@@ -238,13 +238,19 @@ def train(setting: Setting, key: Array, state: EnvState) -> tuple[EnvState, Epoc
     return state.replace(slots=host_training.record_gradients(state.slots, metrics, host_params)), metrics
 
 
-def expected_rise(setting: Setting, before: EnvState, left: Array) -> Array:
-    """f32[]: by how much the loss was higher without the seeds in `left` (bool[S]) when it was last measured; 0 where
-    none has left, or none of the measured configurations is without just these."""
-    without = (jnp.asarray(setting.configurations) == ~left[None]).all(-1)
-    rise = jnp.where(without, before.evaluation.losses - before.evaluation.loss, 0).sum()
-    # what is not finite is no expectation, and a network that is better without is judged as it was
-    return jnp.where(left.any() & without.any() & jnp.isfinite(rise), jnp.maximum(rise, 0.0), 0.0)
+def expected_rise(setting: Setting, before: EnvState, after: SlotState) -> Array:
+    """f32[]: by how much the loss was higher without the seeds that are blended out, when it was last measured, times
+    the share of its alpha that one of them has lost.
+
+    0 where none is, or none of the measured configurations is without just these; what is not finite is no expectation,
+    and a network that is better without them is judged as it was.
+    """
+    amount = lambda slots: jnp.where(networks.live_slots(before.model, slots), slots.alpha.alpha, 0.0)
+    had, has = amount(before.slots), amount(after)
+    lost = jnp.where(had > 0, jnp.maximum(had - has, 0) / jnp.where(had > 0, had, 1), 0)
+    without = (jnp.asarray(setting.configurations) == ~(lost > 0)[None]).all(-1)
+    rise = jnp.where(without, before.evaluation.losses - before.evaluation.loss, 0).sum() * lost.max()
+    return jnp.where((lost > 0).any() & without.any() & jnp.isfinite(rise), jnp.maximum(rise, 0.0), 0.0)
 
 
 def apply_verdict(
@@ -258,13 +264,12 @@ def apply_verdict(
     """
     cfg = setting.cfg.governor
     robust = cfg.rules == "robust"
-    left = networks.live_slots(before.model, before.slots) & ~networks.live_slots(state.model, state.slots)
     seen = governor.vitals(
         state.model, state.optimiser, loss=measured.loss, accuracy=measured.accuracy, train_loss=metrics.loss,
         measured=setting.dataset.validation.labels.size,
     )  # fmt: skip
     governor_state, verdict = governor.judge(
-        governor.restated(state.governor, expected_rise(setting, before, left)),
+        governor.restated(state.governor, expected_rise(setting, before, state.slots)),
         seen,
         cfg=cfg,
         random_guess_loss=setting.random_guess_loss,
@@ -283,9 +288,8 @@ def apply_verdict(
     stay = lambda newest, older: (newest, (state.model, state.slots))
     newest, (model, restored) = lax.cond(verdict.panic, back, stay, newest, older)
     # the snapshot's losses were those of a network with the seeds that are pruned now
-    pruned = networks.live_slots(before.model, before.slots) & ~networks.live_slots(model, restored)
     resumed = governor.after_rollback(governor_state).replace(recent=newest.recent)
-    resumed = governor.restated(resumed, expected_rise(setting, before, pruned))
+    resumed = governor.restated(resumed, expected_rise(setting, before, restored))
     slower = verdict.panic & (governor_state.in_a_row >= governor.BACKED_OFF) & robust
     over = verdict.accepted & (governor_state.in_a_row > 0) & (governor_state.since_panic == cfg.probation)
     lr_scale = jnp.where(over, jnp.maximum(state.lr_scale, 1.0), state.lr_scale)

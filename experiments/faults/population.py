@@ -27,7 +27,6 @@ from esper_jax.env import governor, transition
 from esper_jax.env.environment import EnvState, make_env
 from esper_jax.env.reward import RewardWeights
 from esper_jax.env.transition import Setting
-from esper_jax.network import model as networks
 from esper_jax.run import devices
 from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import over_environments
@@ -303,15 +302,14 @@ class Trace:
     @classmethod
     def of(cls, setting: Setting, before: EnvState, state: EnvState, info: Any) -> Trace:
         """Of a step; where nothing was rolled back, the state is what was judged."""
-        left = networks.live_slots(before.model, before.slots) & ~networks.live_slots(state.model, state.slots)
         seen = governor.vitals(
             state.model, state.optimiser, loss=info.val_loss, accuracy=info.val_accuracy,
             train_loss=info.train_loss, measured=1,
         )  # fmt: skip
         return cls(
             info.val_loss, info.val_accuracy, info.train_loss, info.first_loss, info.gradient_norm, seen.sizes,
-            seen.finite, transition.expected_rise(setting, before, left), info.accepted, info.panic, info.given_up,
-            info.stage[0], info.op,
+            seen.finite, transition.expected_rise(setting, before, state.slots), info.accepted, info.panic,
+            info.given_up, info.stage[0], info.op,
         )  # fmt: skip
 
 
