@@ -56,6 +56,7 @@ def configuration(plan: Plan) -> Config:
     """The host of 1,386 parameters on the digits, which learns 96 % in 20 epochs."""
     return presets.get("quick", "digits").replace(
         host=presets.HOSTS["digits"],
+        governor=GovernorConfig(),
         devices=0,
         **{
             "training.epochs": plan.epochs,
