@@ -652,7 +652,7 @@ def completed(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     dotted names."""
     host = tree.get("host")
     cls = TextConfig if isinstance(host, dict) and "block_size" in host else Config
-    whole, added = dict(tree), {}
+    whole, added = dict(tree), dict[str, Any]()
     defaults = json.loads(cls().to_json())
     for part, fields in defaults.items():
         if not isinstance(fields, dict) or not isinstance(tree.get(part), dict):

@@ -95,8 +95,8 @@ def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
             "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE], digits)
         )
         plain = (_plain(kept[arm], digits), difference(kept, digits), _plain(final[arm], digits))
-        plain = (*plain, difference(loss, 2 if metric.higher_is_better else digits))
-        rows.append([arm, *plain, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
+        of_loss = difference(loss, 2 if metric.higher_is_better else digits)
+        rows.append([arm, *plain, of_loss, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
     return rows
 
 
