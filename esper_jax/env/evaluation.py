@@ -79,11 +79,13 @@ def evaluate(
         kept, position = rows - 1, jnp.arange(rows - 1, dtype=jnp.int32)
         forward = lambda x, read: _forward_listed(model, state, x, read, on, live, dtype)
 
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels  # in nats
+
     def step(sums, entry):
         rows_of_tile, weight = entry
         label = labels[rows_of_tile]
         weight = jnp.expand_dims(weight, tuple(range(1, label.ndim)))  # of an example, for each of its labels
-        read = lambda logits: jnp.stack([top_1(logits, label), _cross_entropy(logits, label)]) * weight[None]
+        read = lambda logits: jnp.stack([top_1(logits, label), cross_entropy(logits, label)]) * weight[None]
         correct, nats = forward(prepare(inputs[rows_of_tile]), read).swapaxes(0, 1)  # each [rows, n, ...]
         new = [each.sum(tuple(range(1, each.ndim))) for each in (correct, nats)]
         if classes:
@@ -119,11 +121,6 @@ def top_1(logits: Array, labels: Array) -> Array:
     before = places < labels[..., None]
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     return jnp.where(before, logits < picked, logits <= picked).all(-1).astype(jnp.float32)
-
-
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    """In nats, of `[..., outputs]`; f32 of the labels' shape."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def _forward_listed(

@@ -254,7 +254,7 @@ def _compare_parts(before: dict, now: dict, out: Path, force: bool, warn: Callab
     if not shown:
         return
     line = "; ".join(f"{name} {str(old)[:20]} then, {str(new)[:20]} now" for name, (old, new) in shown.items())
-    if set(shown) == {"devices used"} or force:  # which computes the same
+    if set(shown) == {"devices used"} or force:  # a run may go on with another number of them
         warn(f"not as the last part of this run: {line}")
     else:
         raise ValueError(f"--resume {out}: {line}: its numbers may become others; --force goes on all the same")
@@ -352,13 +352,8 @@ def report_stopped(job: Job) -> None:
     """What there is of a run that was stopped: the arrays of its rounds, and how its policies learned."""
     rounds = records.RoundLog.read(job.out / "checkpoints" / "rounds")
     records.write_arrays(job.out / "metrics.npz", rounds)
-    try:
-        from esper_jax.evidence import figures
-
-        figures.learning(job.out / "learning.png", rounds, job.card["data"]["name"])
-        job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
-    except Exception as error:  # a run is worth more than a picture of it
-        job.console.say(f"  no learning.png: {type(error).__name__}: {command.line(error)}", always=True)
+    for path in pictures(job, rounds, ("learning",)):
+        job.console.say(f"wrote {path}: what there is so far", always=True)
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
@@ -386,7 +381,7 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         if dataset.prompt is not None:
             samples = tables.samples(metrics, dataset.text(dataset.prompt), dataset.text)
             records.write_text(out / "samples.txt", samples)
-        shown = pictures(job, metrics)
+        shown = pictures(job, metrics, ("grown", "curves", "seeds") + ("learning",) * bool(job.cfg.rounds))
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
         page = report.page(title, columns, rows, notes, claim, shown, card, job.meant, samples)
@@ -397,8 +392,8 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         console.say(line, always=True)
 
 
-def pictures(job: Job, metrics: dict[str, np.ndarray]) -> dict[Path, str]:
-    """Draws the pictures of a run: their files and captions, without those that failed."""
+def pictures(job: Job, metrics: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[Path, str]:
+    """Draws pictures of a run, by the names of their functions: files and captions, without those that failed."""
     drawn: dict[Path, str] = {}
     warn = lambda what, error: job.console.say(
         f"  no {what}: {type(error).__name__}: {command.line(error)}", style="bold red", always=True
@@ -408,10 +403,10 @@ def pictures(job: Job, metrics: dict[str, np.ndarray]) -> dict[Path, str]:
     except Exception as error:  # whatever an installation or its settings make it raise
         warn("pictures", error)
         return drawn
-    for draw in (figures.grown, figures.curves, figures.seeds) + ((figures.learning,) if job.cfg.rounds else ()):
-        path = job.out / f"{draw.__name__}.png"
+    for name in names:
+        path = job.out / f"{name}.png"
         try:
-            drawn[path] = draw(path, metrics, job.card["data"]["name"])
+            drawn[path] = getattr(figures, name)(path, metrics, job.card["data"]["name"])
         except Exception as error:  # a run is worth more than a picture of it
             warn(path.name, error)
             path.unlink(missing_ok=True)

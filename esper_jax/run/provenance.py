@@ -91,18 +91,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{folder}: must be the folder of a run, with its run.json ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: must be the run.json of a run: {error}") from None
-    try:
-        return _checked_card(json.loads(text), path)
     except (ValueError, RecursionError) as error:
-        said = str(error)
-        raise ValueError(
-            said if said.startswith(str(path)) else f"{path}: must be the run.json of a run: {said}"
-        ) from None
+        raise ValueError(f"{path}: must be the run.json of a run: {error}") from None
+    return _checked_card(given, path)
 
 
 def _checked_card(given: Any, path: Path) -> dict[str, Any]:

@@ -103,10 +103,10 @@ def measure(plan: Plan, say) -> dict[str, Any]:
     say(f"traces: {time.perf_counter() - started:.0f} s")
     cases = detectors.cases(plan, base_trace, cells, trace)
     clean = detectors.clean_cases(base_trace)
-    halves = {
-        name: [detectors.score(detector, cases, clean, half, measured=measured, guess=guess) for half in (0, 1)]
-        for name, detector in DETECTORS.items()
-    }
+    halves = {}
+    for name, detector in DETECTORS.items():
+        alarms = [detectors.first_alarm(detector(seen, measured, guess), seen.length) for seen in (cases, clean)]
+        halves[name] = [detectors.score(*alarms, cases, clean, half) for half in (0, 1)]
     scores = {name: pair[REPORTED] for name, pair in halves.items()}
     say("\n".join(["", *_detector_table(scores), "", *_kind_table(scores), ""]))
 
@@ -148,7 +148,6 @@ def recovery(plan: Plan, base, cases, free, acted) -> dict[str, Any]:
     twin = detectors.twin_rows(cells)
     final = lambda trace: trace.accuracy[:, -LAST_EPOCHS:].mean(1)
     noticed = cases.harmful & reported & acted.panic.any(1)
-    curable = noticed & ~np.array([kind.permanent for kind in KINDS])[cells.kind]
     well = final(acted) >= final(free)[twin] - RECOVERED_POINTS
     permanent = np.array([kind.permanent for kind in KINDS])[cells.kind]
     lasting = np.array([kind.lasting for kind in KINDS])[cells.kind]
@@ -162,7 +161,7 @@ def recovery(plan: Plan, base, cases, free, acted) -> dict[str, Any]:
     groups = {"once": ~permanent & ~lasting, "learning rate for ever": lasting, "labels for ever": permanent}
     lost = _lost_epochs(plan, cells, acted, GovernorConfig().probation)
     return {
-        "recovery": _share(Share.of(well, curable)),
+        "recovery": _share(Share.of(well, noticed & ~permanent)),
         "recovery_all": _share(Share.of(well, noticed)),
         "by_duration": {name: _share(Share.of(well, noticed & group)) for name, group in groups.items()},
         "without_governor": _share(Share.of(final(free) >= final(free)[twin] - RECOVERED_POINTS, noticed)),

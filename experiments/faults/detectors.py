@@ -29,7 +29,6 @@ class Cases(NamedTuple):
     trace: Trace
     length: np.ndarray  # i32 [N] epochs there are
     twin_loss: np.ndarray  # f32 [N, L] of the same without a fault
-    begins: np.ndarray  # i32 [N] epoch before which something was done
     onset: np.ndarray  # i32 [N] first epoch that can show it
     harmful: np.ndarray  # bool [N]
     cells: Cell
@@ -50,13 +49,12 @@ def cases(plan: Plan, base: Trace, cells: Cell, window: Trace) -> Cases:
     trace = jax.tree.map(joined, base, window)
     twin = twin_rows(cells)
     first = np.array([[_onset(kind, t, plan) for t in plan.times] for kind in KINDS])[cells.kind, cells.time]
-    begun = np.array([[_begin(kind, t, plan) for t in plan.times] for kind in KINDS])[cells.kind, cells.time]
     during = (at >= first[:, None]) & (at < first[:, None] + HARM_EPOCHS)
     drop = np.where(during, trace.accuracy[twin] - trace.accuracy, 0).sum(1) / HARM_EPOCHS
     harmless = np.array([kind.harmless for kind in KINDS])[cells.kind]
     harmful = ~harmless & (drop > HARMFUL_POINTS)
     return Cases(
-        trace, start + plan.window, trace.loss[twin], start + begun, start + first, harmful, cells
+        trace, start + plan.window, trace.loss[twin], start + first, harmful, cells
     )  # fmt: skip
 
 
@@ -69,10 +67,6 @@ def twin_rows(cells: Cell) -> np.ndarray:
             clean[kind.script, seed, time, severity] = row
     found = zip(*cells, strict=True)
     return np.array([clean[KINDS[number].script, seed, time, severity] for seed, number, severity, time in found])
-
-
-def _begin(kind, time: int, plan: Plan) -> int:
-    return -time % plan.snapshot_epochs if kind.after_snapshot else kind.at
 
 
 def _onset(kind, time: int, plan: Plan) -> int:
@@ -238,10 +232,10 @@ class Score(NamedTuple):
     by_kind: dict[str, Share]  # recall, or of confusers their alarms
 
 
-def score(detector: Detector, cases: Cases, clean: Cases, half: int, *, measured: int, guess: float) -> Score:
-    """On the seeds of one half (their number modulo 2)."""
+def score(when: np.ndarray, when_clean: np.ndarray, cases: Cases, clean: Cases, half: int) -> Score:
+    """Of a detector's first alarms in the cases and in the clean environments, i32 [N] each, on the seeds of one half
+    (their number modulo 2)."""
     of_half, clean_half = cases.cells.seed % 2 == half, clean.cells.seed % 2 == half
-    when = first_alarm(detector(cases, measured, guess), cases.length)
     alarmed, late = when < NEVER, when >= cases.onset
     harmful, harmless = cases.harmful & of_half, ~cases.harmful & of_half
     confuser = np.array([kind.harmless and kind.name != "clean" for kind in KINDS])[cases.cells.kind]
@@ -254,7 +248,7 @@ def score(detector: Detector, cases: Cases, clean: Cases, half: int, *, measured
     return Score(
         recall=Share.of(alarmed & late, harmful),
         early=Share.of(alarmed & ~late, harmful),
-        false_alarms_clean=Share.of(first_alarm(detector(clean, measured, guess), clean.length) < NEVER, clean_half),
+        false_alarms_clean=Share.of(when_clean < NEVER, clean_half),
         false_alarms_confusers=Share.of(alarmed, confuser & of_half),
         alarms_harmless=Share.of(alarmed, fault & harmless),
         median_delay=float(np.median(delays)) if delays.size else math.nan,
@@ -269,6 +263,4 @@ def clean_cases(base: Trace) -> Cases:
     none = np.zeros(n, np.int32)
     full = np.full(n, length)
     number = np.full(n, NUMBER["clean"], np.int32)
-    return Cases(
-        base, full, base.loss, full, full, np.zeros(n, bool), Cell(np.arange(n, dtype=np.int32), number, none, none)
-    )
+    return Cases(base, full, base.loss, full, np.zeros(n, bool), Cell(np.arange(n, dtype=np.int32), number, none, none))
