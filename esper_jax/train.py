@@ -91,6 +91,12 @@ class RunState:
     observations: RunningStatistics  # [D] of the features; frozen within a round
     returns: RunningStatistics  # [1] of the discounted returns, whose deviation is the unit of the rewards
 
+    def returned(self, then: RunState, policies: np.ndarray) -> RunState:
+        """This run, with some of its policies (bool[P]) as they were in an earlier state of it; hypers stay."""
+        where = lambda now, before: select(policies.reshape(-1, *[1] * (now.ndim - 1)), before, now)
+        names = ("learner", "observations", "returns")
+        return self.replace(**{n: jax.tree.map(where, getattr(self, n), getattr(then, n)) for n in names})
+
 
 @struct.dataclass
 class Rollout:

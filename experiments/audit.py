@@ -25,7 +25,7 @@ from esper_jax.control.arms import controllers
 from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import checkpoint, command, compilation, devices, options, provenance, records
+from esper_jax.run import checkpoint, command, compilation, devices, files, options, provenance
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
             table = text_table(COLUMNS, audit(folder, console, *places))
             console.say(table, always=True)
-            records.write_text(folder / "audit.txt", table + "\n")
+            files.write_text(folder / "audit.txt", table + "\n")
     except command.Refusal as refusal:
         return command.refused(refusal)
     except KeyboardInterrupt:

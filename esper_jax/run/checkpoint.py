@@ -1,35 +1,41 @@
 """Checkpoints on disk or in memory-backed storage: the only file that imports Orbax (Esper's Simic).
 
-    save(folder, step, state, {"config": ...})
+    with Checkpoints(folder, {"config": ...}) as checkpoints:
+        checkpoints.save(step, state, score=...)  # returns at once; the files are written beside what comes next
     state, step = restore(folder, template, {"config": ...})
 
-A folder holds `step_00000012/` with Orbax's files in `state/` and our `fingerprint.json` beside them: path, shape,
-dtype and SHA-256 of every leaf, the SHA-256 of every file, and the facts that have to be the same when the state is
-used again. Any difference is one `CheckpointError` that names the first path and both values; nothing is ever restored
-in part. A checkpoint gets its name only once it is complete, so a process may die at any moment.
+Orbax's manager writes `step_00000012/`, gives it that name once it is complete, and drops the ones that are neither
+new nor good; a process may die at any moment. Beside Orbax's files lies our `fingerprint.json`: path, shape, dtype and
+SHA-256 of every leaf, the SHA-256 of every file, and the facts that have to be the same when the state is used again.
+Any difference is one `CheckpointError` that names the first path and both values; nothing is ever restored in part.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import secrets
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from esper_jax.run import files
+
 FINGERPRINT = "fingerprint.json"
+MEMORY = Path("/dev/shm")  # Linux's file system in memory
 _NAME = re.compile(r"step_(\d{8})")
+_HALF = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not completed
 _FACTS = {"shape", "dtype", "sha256"}
 
 
@@ -41,124 +47,187 @@ class DamageError(CheckpointError):
     """A checkpoint that is not what was written."""
 
 
-def save(
-    folder: str | Path,
-    step: int,
-    state: Any,
-    meta: dict[str, Any],
-    *,
-    keep: int = 2,
-    about: dict[str, Any] | None = None,
-    beside: dict[str, str | None] | None = None,
-) -> Path:
-    """Writes a state, then drops all but the newest `keep` checkpoints. Returns the checkpoint's folder.
+def named(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+class Checkpoints:
+    """A run's checkpoints in a folder, written by Orbax's manager while the run goes on.
+
+    The newest `keep` stay, and the `best` of those with the highest scores.
 
     Args:
-      state: any tree of arrays but typed PRNG keys (raises CheckpointError): a run derives its keys from its seed.
       meta: what JSON can hold and `restore` has to be given again, such as the configuration.
-      about: what else is to be found with it, see `about`.
-      beside: SHA-256 of files that it counts with, by name, see `resume`.
-
-    Raises OSError naming `folder` if it cannot be written, such as on a full disk; what was there stays.
     """
-    arrays = _arrays(jax.device_get(_checked(state)))
-    with _writing(folder):
-        extra = {"about": _plain(about or {}), "beside": beside or {}}
-        return _save(Path(folder).absolute(), step, arrays, _plain(meta), keep, extra)
 
+    def __init__(self, folder: str | Path, meta: dict[str, Any], *, keep: int = 2, best: int = 2):
+        self.folder, self._meta, self._keep, self._best = Path(folder).absolute(), _plain(meta), keep, best
+        self._orbax: Any = None
+        self._seal: Callable[[], None] = lambda: None
 
-@contextlib.contextmanager
-def _writing(folder: str | Path) -> Iterator[None]:
-    """Makes one OSError of whatever Orbax raises that cannot write; what it would log of each thread says no more."""
-    log = logging.getLogger("absl")
-    before = log.disabled, sys.unraisablehook
-    log.disabled, sys.unraisablehook = True, lambda unraisable: None
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-    except Exception as error:  # TensorStore has a ValueError for everything, Orbax wraps it in its own
-        full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        number = errno.ENOSPC if full else errno.EIO
-        time.sleep(0.3)  # its other writers find out that nobody waits for them
-        raise OSError(number, os.strerror(number) if full else str(error), str(folder)) from error
-    finally:
-        log.disabled, sys.unraisablehook = before
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        score: float | None = None,
+        about: dict[str, Any] | None = None,
+        beside: dict[str, str | None] | None = None,
+    ) -> None:
+        """Begins to write a state, once the one before is written.
 
+        Args:
+          state: any tree of arrays but typed PRNG keys (raises CheckpointError): a run derives its keys from its seed.
+          score: the higher, the longer it is kept; without one, or if it is not finite, only as long as it is new.
+          about: what else is to be found with it, see `about`.
+          beside: SHA-256 of files that it counts with, by name, see `resume`.
 
-def _save(
-    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int, extra: dict[str, Any]
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    final, work = folder / f"step_{step:08d}", folder / f".writing_{step:08d}"
-    for leftover in folder.glob(".writing_*"):
-        shutil.rmtree(leftover)
-    try:
-        work.mkdir()
-        if _storable(arrays):
-            with _orbax() as checkpointer:
-                checkpointer.save(work / "state", _storable(arrays))
-                checkpointer.wait_until_finished()
-        leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
-        fingerprint = {"meta": meta, "leaves": leaves, "files": _files(work / "state")} | extra
-        with open(work / FINGERPRINT, "w") as file:
-            json.dump(fingerprint, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if final.exists():
-        _drop(final)
-    work.rename(final)
-    _sync(folder)
-    for old in steps(folder)[:-keep]:
-        _drop(folder / f"step_{old:08d}")
-    return final
+        Raises OSError naming the folder if this one, or the one before, cannot be written, such as on a full disk;
+        what was there stays.
+        """
+        arrays = _arrays(jax.device_get(_checked(state)))
+        score = float(score) if score is not None and math.isfinite(score) else None
+        extra = {"about": _plain(about or {}), "beside": dict(beside or {}), "score": score}
+        with self._writing():
+            import orbax.checkpoint as ocp  # slow to import: not before a checkpoint is asked for
 
+            self._open()
+            self.wait()
+            if step in self._orbax.all_steps():
+                self._orbax.delete(step)
+            self._seal = functools.partial(_seal, self.folder, step, arrays, self._meta, extra)
+            self._orbax.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_storable(arrays))),
+                metrics=None if score is None else {"score": score},
+                force=True,
+            )
 
-def _sync(folder: Path) -> None:
-    """Names of files outlive a loss of power once their folder is on the disk."""
-    with contextlib.suppress(OSError, AttributeError):  # a system whose folders cannot be opened
-        number = os.open(folder, os.O_RDONLY)
+    def wait(self) -> None:
+        """Until all is written. Raises OSError as `save` does."""
+        if self._orbax is not None:
+            with self._writing():
+                self._orbax.wait_until_finished()
+                files.sync(self.folder)
+
+    def close(self) -> None:
+        """Waits. Raises OSError as `save` does."""
         try:
-            os.fsync(number)
+            self.wait()
         finally:
-            os.close(number)
+            self._forget()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self.close()
+
+    def _open(self) -> None:
+        if self._orbax is not None:
+            return
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        log = logging.getLogger("absl")  # it would repeat, with tracebacks, what is raised here in one line
+        self._log, log.disabled = log.disabled, True
+        score = lambda metrics: metrics["score"]
+        best = policies.BestN(get_metric_fn=score, n=self._best, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            step_prefix="step",
+            step_format_fixed_length=8,
+            best_fn=score,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+            async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._seal()),
+            cleanup_tmp_directories=True,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=("state",))
+
+    def _forget(self) -> None:
+        orbax, self._orbax = self._orbax, None
+        if orbax is not None:
+            with contextlib.suppress(Exception):  # what went wrong has been raised
+                orbax.close()
+            logging.getLogger("absl").disabled = self._log
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes one OSError of whatever Orbax raises that cannot write, and leaves nothing half-written."""
+        try:
+            yield
+        except Exception as error:  # TensorStore has a ValueError for everything, Orbax wraps it in its own
+            cause = _os_error(error)
+            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+            number = errno.ENOSPC if full else (cause and cause.errno) or errno.EIO
+            reason = os.strerror(number) if full else (cause and cause.strerror) or str(error)
+            self._forget()
+            for half in self.folder.glob(f"step_*{_HALF}*"):
+                shutil.rmtree(half, ignore_errors=True)
+            raise OSError(number, reason, str(self.folder)) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's own error behind one that wraps it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _seal(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Lays the fingerprint into a checkpoint that Orbax has written and not named yet; in a thread of Orbax's."""
+    place = next(folder.glob(f"{named(step)}{_HALF}*"), folder / named(step))
+    for path in sorted(place.rglob("*")):
+        files.sync(path)
+    leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
+    known = {"meta": meta, "leaves": leaves, "files": files.sha256s(place / "state")}
+    files.write_json(place / FINGERPRINT, known | extra)
+
+
+def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], **extra: Any) -> Path:
+    """Writes one state and waits for it; arguments and errors are those of `Checkpoints`. Returns its folder."""
+    with Checkpoints(folder, meta) as checkpoints:
+        checkpoints.save(step, state, **extra)
+    return Path(folder).absolute() / named(step)
 
 
 def resume(
-    folder: str | Path,
+    folders: Sequence[str | Path],
     template: Any,
     meta: dict[str, Any],
     hashes: Callable[[dict[str, Any]], dict[str, str | None]],
 ) -> tuple[Any, int, list[tuple[Path, str]]]:
-    """The newest checkpoint that is whole, its step, and each newer one that is not, with what is wrong with it.
+    """The newest checkpoint in some folders that is whole, its step, and those that are not, with what is wrong.
 
     Args:
       hashes: SHA-256 of the files that a checkpoint counts with as they are now, given what `save` knew of them.
 
     Raises CheckpointError if none is whole, or the newest whole one is of something else.
     """
-    folder = Path(folder).absolute()
+    places = [Path(folder).absolute() for folder in folders]
+    found = sorted(((step, place / named(step)) for place in places for step in steps(place)), reverse=True)
     damaged: list[tuple[Path, str]] = []
-    for step in reversed(steps(folder)):
-        place = folder / f"step_{step:08d}"
+    whole: tuple[Any, int] | None = None
+    for step, place in found:
         try:
-            _, _, _, extra = _fingerprint(place / FINGERPRINT)
-            now = hashes(extra["beside"])
-            for name, digest in extra["beside"].items():
-                if now.get(name) != digest:
-                    what = "is missing" if now.get(name) is None else "is not what was written"
-                    raise DamageError(f"{name}, which {place.name} counts with, {what}")
-            state = _restore(place, template, meta)
+            beside = _fingerprint(place)["beside"]
+            now = hashes(beside)
+            for file, digest in beside.items():
+                if now.get(file) != digest:
+                    what = "is missing" if now.get(file) is None else "is not what was written"
+                    raise DamageError(f"{file}, which {place.name} counts with, {what}")
+            if whole is None:
+                whole = _restore(place, template, meta), step
+            else:  # it may be needed yet, and Orbax's manager trusts what it finds
+                _check_files(place)
         except DamageError as error:
             damaged.append((place, str(error)))
-            continue
-        return state, step, damaged
+    if whole is not None:
+        return *whole, damaged
     if damaged:
         raise CheckpointError(f"{damaged[0][1]}; no older checkpoint is whole: start the run again in another folder")
-    raise CheckpointError(f"{folder}: a checkpoint is not there (steps there: none)")
+    raise CheckpointError(f"{places[0]}: a checkpoint is not there (steps there: none)")
 
 
 def set_aside(damaged: list[tuple[Path, str]]) -> list[str]:
@@ -166,7 +235,7 @@ def set_aside(damaged: list[tuple[Path, str]]) -> list[str]:
     said = []
     for place, why in damaged:
         aside = place.rename(_free(place.with_name(f"damaged_{place.name}")))
-        said.append(f"{place.name} is damaged ({why}): kept as {aside.name}, and an older one is gone on from")
+        said.append(f"{place.name} is damaged ({why}): kept as {aside.name}, and another one is gone on from")
     return said
 
 
@@ -182,20 +251,40 @@ def about(folder: str | Path) -> dict[str, Any] | None:
     """What the newest readable checkpoint was saved `about`; None if there is none."""
     for step in reversed(steps(folder)):
         with contextlib.suppress(CheckpointError):
-            return _fingerprint(Path(folder) / f"step_{step:08d}" / FINGERPRINT)[3]["about"] or None
+            return _fingerprint(Path(folder) / named(step))["about"] or None
     return None
 
 
-def _drop(checkpoint: Path) -> None:
-    """Deletes a checkpoint, which loses its name first: half of one must not be taken for a whole one."""
-    doomed = checkpoint.rename(checkpoint.with_name(f".writing_{checkpoint.name}"))
-    shutil.rmtree(doomed)
+def best(folder: str | Path, before: int) -> int | None:
+    """The step of the checkpoint with the highest score among those before a step; None if none has one."""
+    scores = ((_fingerprint(Path(folder) / named(step))["score"], step) for step in steps(folder) if step < before)
+    return max((pair for pair in scores if pair[0] is not None), default=(None, None))[1]
+
+
+def memory_folder() -> str:
+    """A name for a new folder in memory-backed storage. Raises ValueError if there is none."""
+    if not os.access(MEMORY, os.W_OK | os.X_OK):
+        raise ValueError(f"--memory-checkpoints: there is no memory-backed storage here ({MEMORY})")
+    return str(MEMORY / f"esper_jax-{secrets.token_hex(8)}")
+
+
+def in_memory(name: Any) -> bool:
+    """Whether `memory_folder` may have given this name."""
+    return isinstance(name, str) and re.fullmatch(rf"{MEMORY}/esper_jax-[0-9a-f]{{16}}", name) is not None
+
+
+def forget_memory(folder: str | Path) -> None:
+    """Deletes the checkpoints in a folder that `memory_folder` named, and the folder if nothing else is in it."""
+    for step in steps(folder):
+        shutil.rmtree(Path(folder) / named(step), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 def steps(folder: str | Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, oldest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(match[1]) for each in there if (match := _NAME.fullmatch(each)))
 
 
 def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: int | None = None) -> tuple[Any, int]:
@@ -214,25 +303,24 @@ def restore(folder: str | Path, template: Any, meta: dict[str, Any], *, step: in
         wanted = "a checkpoint" if step is None else f"step {step}"
         raise CheckpointError(f"{folder}: {wanted} is not there (steps there: {', '.join(map(str, known)) or 'none'})")
     if step is not None:
-        return _restore(folder / f"step_{step:08d}", template, meta), step
-    return _restore(folder / f"step_{known[-1]:08d}", template, meta), known[-1]
+        return _restore(folder / named(step), template, meta), step
+    return _restore(folder / named(known[-1]), template, meta), known[-1]
 
 
 def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
-    recorded, files, then, _ = _fingerprint(place / FINGERPRINT)
-    _compare(place, "", then, _plain(meta))
+    known = _fingerprint(place)
+    recorded = known["leaves"]
+    _compare(place, "", known["meta"], _plain(meta))
     wanted = _leaves(template)
     shapes = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in wanted.items()}
     _compare(place, "", {path: {"shape": f["shape"], "dtype": f["dtype"]} for path, f in recorded.items()}, shapes)
-
-    present = _files(place / "state")
-    for name in [*files, *present]:  # Orbax itself reads a damaged folder in part, or never comes back
-        if files.get(name) != present.get(name):
-            raise DamageError(f"{place / 'state' / name}: is damaged, missing, or does not belong here")
+    _check_files(place)
 
     blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
-    with _orbax() as checkpointer:
-        read = checkpointer.restore(place / "state", _storable(blank)) if present else {}
+    import orbax.checkpoint
+
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        read = checkpointer.restore(place / "state", _storable(blank))
     leaves = []
     for number, (path, like) in enumerate(wanted.items()):
         leaf = np.asarray(read.get(_key(number), blank[path]))
@@ -243,27 +331,36 @@ def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _fingerprint(path: Path) -> tuple[dict[str, Any], dict[str, str], Any, dict[str, Any]]:
-    """Leaves, files and meta as `save` wrote them, and `about` and `beside`. Raises DamageError."""
+def _check_files(place: Path) -> None:
+    """Raises DamageError unless a checkpoint's files are those that were written: Orbax itself reads a damaged folder
+    in part, or never comes back, and its manager fails at a score that is no number."""
+    known = _fingerprint(place)
+    then, now = known["files"], files.sha256s(place / "state")
+    for file in [*then, *now]:
+        if then.get(file) != now.get(file):
+            raise DamageError(f"{place / 'state' / file}: is damaged, missing, or does not belong here")
+    metrics = place / "metrics" / "metrics"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        leaves, files, meta = (stored[name] for name in ("leaves", "files", "meta"))
-        if not (
-            isinstance(files, dict) and isinstance(meta, dict) and all(set(leaf) == _FACTS for leaf in leaves.values())
-        ):
+        score = json.loads(metrics.read_text(encoding="utf-8")) if metrics.parent.exists() else None
+    except (OSError, ValueError, RecursionError):
+        score = "damaged"
+    if score != (None if known["score"] is None else {"score": known["score"]}):
+        raise DamageError(f"{metrics}: is damaged, missing, or does not belong here")
+
+
+def _fingerprint(place: Path) -> dict[str, Any]:
+    """What `_seal` wrote: leaves, files, meta, about, beside, score. Raises DamageError."""
+    path = place / FINGERPRINT
+    try:
+        known = {"about": {}, "beside": {}, "score": None} | json.loads(path.read_text(encoding="utf-8"))
+        fine = all(isinstance(known[part], dict) for part in ("leaves", "files", "meta", "about", "beside"))
+        if not (fine and all(set(leaf) == _FACTS for leaf in known["leaves"].values())):
             raise ValueError("it is not what was written")
-        extra = {name: stored.get(name, {}) for name in ("about", "beside")}
-        if not all(isinstance(value, dict) for value in extra.values()):
-            raise ValueError("it is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(known["score"], float | None):
+            raise ValueError("its score is not a number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamageError(f"{path}: cannot be read: {error}") from None
-    return leaves, files, meta, extra
-
-
-def _orbax():
-    import orbax.checkpoint  # slow to import: not before a checkpoint is asked for
-
-    return orbax.checkpoint.StandardCheckpointer()
+    return known
 
 
 def _key(number: int) -> str:
@@ -294,12 +391,6 @@ def _checked(state: Any) -> Any:
 def _facts(leaf: np.ndarray) -> dict[str, Any]:
     digest = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder; none if it does not exist."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _plain(meta: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rich.progress import (
 from esper_jax.enums import Stage
 from esper_jax.evidence.tables import text_table
 from esper_jax.metric import ACCURACY, Metric
+from esper_jax.run import records
 
 
 class _Screen(RichConsole):
@@ -128,7 +129,7 @@ class Console:
 def round_note(arrays: dict[str, np.ndarray], metric: Metric = ACCURACY) -> str:
     """A round in a few numbers, from the arrays of `records.round_arrays`; means over its environments, and of the
     return one for each policy."""
-    reached = metric.value(*(arrays[f"rounds/val_{name}"][..., -1].mean() for name in ("accuracy", "loss")))
+    reached = metric.value(*records.reached(arrays))
     name, digits = ("acc", 1) if metric.higher_is_better else (metric.unit, metric.digits)
     returns = np.nansum(arrays["rounds/reward"], axis=-1).mean(-1)
     kept = (arrays["rounds/stage"][..., -1, :] == Stage.FOSSILIZED).sum(-1).mean()
@@ -137,8 +138,3 @@ def round_note(arrays: dict[str, np.ndarray], metric: Metric = ACCURACY) -> str:
     note = f"{name}={reached:.{digits}f}  return={each}  kept={kept:.1f}  kl={kl:.3f}  entropy={entropy:.2f}"
     counts = {"rollbacks": arrays["rounds/panic"], "skipped": arrays["learner/nonfinite_updates"]}
     return note + "".join(f"  {name}={int(count.sum())}" for name, count in counts.items() if count.any())
-
-
-def dead(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """bool[P]: policies that took no step in a round, since no minibatch of it was finite."""
-    return (arrays["learner/updates_done"] == 0) & (arrays["learner/nonfinite_updates"] > 0)

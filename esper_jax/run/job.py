@@ -27,14 +27,15 @@ from esper_jax.env.environment import make_env
 from esper_jax.evidence import report, tables
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
-from esper_jax.run import checkpoint, command, compilation, devices, folder, provenance, records
-from esper_jax.run.console import Console, dead, round_note
+from esper_jax.run import checkpoint, command, compilation, devices, files, folder, provenance, records
+from esper_jax.run.console import Console, round_note
 from esper_jax.run.options import check as check_words
 from esper_jax.run.options import typed
 from esper_jax.train import Metrics, RunState, Train, bind, make_train
 from esper_jax.types import Controller
 
-MOST_IDLE_ROUNDS = 3  # in a row in which a policy takes no step, until a run ends
+# rounds in a row in which a policy takes no step, until it returns to what it was, and until the run ends
+RETURN_AFTER, MOST_IDLE_ROUNDS = 2, 3
 SMALLER = "a smaller --env-chunk, --n-envs, --policy-seeds or --training.epochs needs less"
 
 
@@ -55,6 +56,9 @@ class JobOptions:
     """folder of a run to go on with; its configuration becomes the default"""
     checkpoint_every: int = number(1, low=0)
     """rounds between checkpoints; 0 writes none"""
+    memory_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
+    """keep checkpoints in memory-backed storage while the run goes on, and write only the last one to its folder: they
+    outlive the process, but not the machine"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
     force: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -84,6 +88,11 @@ class Job(NamedTuple):
     meta: dict  # what a checkpoint has to agree with
     card: dict  # run.json
     meant: str | None = None  # see JobOptions.meant
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are written while the run goes on."""
+        return Path(self.card.get("memory") or self.out / "checkpoints")
 
 
 class Asked(NamedTuple, Generic[C]):
@@ -152,6 +161,8 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     now = datetime.now()
     cfg = compilation.spread(options.config.replace(devices=1) if options.debug_nans else options.config)
     console = Console(quiet=options.quiet)
+    if options.memory_checkpoints and not options.checkpoint_every:
+        raise ValueError("--checkpoint-every 0 and --memory-checkpoints: give one of them")
     if not options.resume:
         options.check_data()
         name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
@@ -191,15 +202,23 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
             raise ValueError(f"{place}: must be a folder; move that file away, then go on")
     if before.get("rebuilt"):
         warn(f"{out / 'run.json'} is missing or damaged: rebuilt from the newest checkpoint")
-    if options.resume and checkpoint.steps(kept):
+    places = [kept, *(Path(place) for place in [before.get("memory")] if place)]
+    if options.resume and any(map(checkpoint.steps, places)):
         template = compilation.run_template(train, cfg, key)
         hashes = lambda beside: records.RoundLog.hashes(kept / "rounds", len(beside))
-        run, done, damaged = checkpoint.resume(kept, template, meta, hashes)
+        run, done, damaged = checkpoint.resume(places, template, meta, hashes)
         if done > cfg.rounds:
             raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
         records.RoundLog.check(kept / "rounds", done)
     if options.resume:
         console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
+    memory = before.get("memory")
+    if memory and not checkpoint.steps(memory):
+        if run is None:
+            warn(f"its checkpoints in memory-backed storage ({memory}) are gone: it begins again")
+        memory = None
+    if options.memory_checkpoints and not memory:
+        memory = checkpoint.memory_folder()
     part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
     part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
     _compare_parts(before, part, out, options.force, warn)
@@ -219,9 +238,10 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "script": script,
         "added": added,
         "parts": [*before.get("parts", []), part],
+        "memory": memory,
         **card,
     }
-    records.write_json(out / "run.json", card)
+    files.write_json(out / "run.json", card)
     return Job(options, cfg, out, console, train, key, run, meta, card, meant)
 
 
@@ -303,31 +323,69 @@ def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) ->
 def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState, dict[str, np.ndarray]]:
     """Trains the policy. Every round is on disk before the checkpoint that counts it.
 
-    Raises Stopped if that was asked for, with the round in hand done and kept, and Refusal when no policy learns any
-    more.
+    A policy that took no step in two rounds in a row returns to the best checkpoint from before them.
+
+    Raises Stopped if that was asked for, with the round in hand done and kept, and Refusal when a policy took no step
+    in three.
     """
-    run, folder, every, rounds = job.run, job.out / "checkpoints", job.options.checkpoint_every, job.cfg.rounds
+    run, every, rounds = job.run, job.options.checkpoint_every, job.cfg.rounds
     stop, start = stop or command.Interruption(), int(run.round)
-    log = records.RoundLog(folder / "rounds", start)
+    disk = job.out / "checkpoints"
+    log = records.RoundLog(disk / "rounds", start)
     metric = job.train.dataset.metric(job.train.dataset.validation)
     idle = np.zeros(job.cfg.policy_seeds, int)  # rounds in a row in which a policy took no step
-    with job.console.bar("round", rounds, start) as advance:
+    for arrays in map(log.arrays, range(max(0, start - MOST_IDLE_ROUNDS), start)):
+        idle = np.where(records.dead(arrays), idle + 1, 0)
+    why = None
+    with (
+        checkpoint.Checkpoints(job.checkpoints, job.meta) as checkpoints,
+        job.console.bar("round", rounds, start) as advance,
+    ):
         for number in range(start, rounds):
             stop.patient = bool(every)
+            if (back := idle == RETURN_AFTER).any():
+                run = _returned(job, run, back, number - RETURN_AFTER)
             run, metrics = job.train.update(job.key, run)
             arrays = records.round_arrays(metrics)
             log.write(number, arrays)
-            idle = np.where(dead(arrays), idle + 1, 0)
+            idle = np.where(records.dead(arrays), idle + 1, 0)
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
-            asked = stop.asked
-            if every and ((number + 1) % every == 0 or number + 1 == rounds or asked):
-                checkpoint.save(folder, number + 1, run, job.meta, about=job.card, beside=log.known)
+            why = _why_idle(int(idle.argmax()), run, metrics) if idle.max() >= MOST_IDLE_ROUNDS else None
+            last = number + 1 == rounds or stop.asked or why
+            if every and ((number + 1) % every == 0 or last):
+                score = None if idle.any() else metric.score(*records.reached(arrays))
+                checkpoints.save(number + 1, run, score=score, about=job.card, beside=log.known)
+            if last:
+                break
             stop.patient = False
-            if idle.max() >= MOST_IDLE_ROUNDS:
-                raise command.Refusal(_why_idle(int(idle.argmax()), run, metrics))
-            if asked:
-                raise command.Stopped
+    if job.checkpoints != disk and checkpoint.steps(job.checkpoints):
+        checkpoint.save(disk, int(run.round), run, job.meta, about=job.card, beside=log.known)
+        checkpoint.forget_memory(job.checkpoints)
+    stop.patient = False
+    if why:
+        raise command.Refusal(why)
+    if stop.asked:
+        raise command.Stopped
     return run, log.stacked()
+
+
+def _returned(job: Job, run: RunState, back: np.ndarray, sick: int) -> RunState:
+    """A run some of whose policies are what they were in the best checkpoint from before the round `sick`, which they
+    began as they are; the others go on, and so does the count of rounds: what comes is played with other keys.
+
+    Without such a checkpoint the run as it is.
+    """
+    try:
+        step = checkpoint.best(job.checkpoints, before=sick)
+        then = None if step is None else checkpoint.restore(job.checkpoints, run, job.meta, step=step)[0]
+    except checkpoint.CheckpointError as error:
+        raise command.Refusal(str(error)) from error
+    who = "policies " + ", ".join(map(str, np.flatnonzero(back)))
+    what = (
+        "there is no older checkpoint to return to" if then is None else f"returned to what they were at round {step}"
+    )
+    job.console.say(f"  {who} took no step in {RETURN_AFTER} rounds: {what}", style="bold red", always=True)
+    return run if then is None else run.returned(then, back)
 
 
 def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
@@ -343,8 +401,8 @@ def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
         if not np.isfinite(np.asarray(leaf[policy], np.float64)).all()
     )
     return (
-        f"policy {policy} took no step in {MOST_IDLE_ROUNDS} rounds, since losses or gradients were not finite; first "
-        f"not finite: {next(bad, 'only the gradients')}; --debug-nans names the operation"
+        f"policy {policy} took no step in {MOST_IDLE_ROUNDS} rounds in a row, since losses or gradients were not "
+        f"finite; first not finite: {next(bad, 'only the gradients')}; --debug-nans names the operation"
     )
 
 
@@ -371,22 +429,22 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
     title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
     with console.step("files", str(out)):
         records.write_arrays(out / "metrics.npz", metrics)
-        records.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
+        files.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
         records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
         columns, notes = tables.columns(metrics), tables.notes(metrics, job.card["data"].get("bigram_loss"))
         rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
         text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
-        records.write_text(out / "summary.txt", text)
+        files.write_text(out / "summary.txt", text)
         dataset, samples = job.train.dataset, ""
         if dataset.prompt is not None:
             samples = tables.samples(metrics, dataset.text(dataset.prompt), dataset.text)
-            records.write_text(out / "samples.txt", samples)
+            files.write_text(out / "samples.txt", samples)
         shown = pictures(job, metrics, ("grown", "curves", "seeds") + ("learning",) * bool(job.cfg.rounds))
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
         page = report.page(title, columns, rows, notes, claim, shown, card, job.meant, samples)
-        records.write_text(out / "report.html", page)
-        records.write_json(out / "run.json", card)  # last: it says that all is there
+        files.write_text(out / "report.html", page)
+        files.write_json(out / "run.json", card)  # last: it says that all is there
     console.table(columns, rows)
     for line in (*notes, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
         console.say(line, always=True)

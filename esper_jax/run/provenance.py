@@ -101,7 +101,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _checked_card(given: Any, path: Path) -> dict[str, Any]:
     try:
-        card = {"script": None, "status": "running", "added": []} | given
+        card = {"script": None, "status": "running", "added": [], "memory": None} | given
         if isinstance(card["config"], dict):
             card["config"], added = completed(card["config"])
             card["new"] = {name: value for name, value in added.items() if name not in card["added"]}
@@ -112,6 +112,11 @@ def _checked_card(given: Any, path: Path) -> dict[str, Any]:
             ("status", "a word", isinstance(card["status"], str)),
             ("script", "a text or null", isinstance(card["script"], str | None)),
             ("data", "an object", isinstance(card["data"], dict)),
+            (
+                "memory",
+                "a folder in memory-backed storage or null",
+                card["memory"] is None or checkpoint.in_memory(card["memory"]),
+            ),
             ("added", "a list of texts", all(isinstance(name, str) for name in card["added"])),
         ):
             if not fine:

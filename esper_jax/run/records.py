@@ -15,18 +15,14 @@ K alpha configurations.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import hashlib
-import json
-import os
 import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +30,7 @@ import numpy as np
 from esper_jax.enums import LEARNED
 from esper_jax.evidence.tables import metric_arrays
 from esper_jax.metric import Metric
+from esper_jax.run.files import sha256, whole
 from esper_jax.train import Comparison, Metrics, Rollout
 from esper_jax.types import Op, PanicReason, Stage
 
@@ -82,6 +79,16 @@ def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
     return rows | {f"learner/{name}": np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
 
 
+def dead(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """bool[P]: policies that took no step in a round, since no minibatch of it was finite."""
+    return (arrays["learner/updates_done"] == 0) & (arrays["learner/nonfinite_updates"] > 0)
+
+
+def reached(arrays: dict[str, np.ndarray]) -> tuple[np.float32, np.float32]:
+    """Accuracy and loss on reward-validation that a round's environments ended with, means of all."""
+    return arrays["rounds/val_accuracy"][..., -1].mean(), arrays["rounds/val_loss"][..., -1].mean()
+
+
 def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: Metric) -> dict[str, np.ndarray]:
     """The comparison's arrays with a leading A, in the order of `arms/names`, and what its report is about.
 
@@ -109,23 +116,6 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
     return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined | metric_arrays(metric)
 
 
-@contextlib.contextmanager
-def whole(path: Path, *, binary: bool = False) -> Iterator[IO]:
-    """A file to write that is in the end complete, or else what it was before. An OSError names it."""
-    work = path.with_name(path.name + ".tmp")
-    try:
-        with open(work, "wb") if binary else open(work, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        work.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            work.unlink()
-
-
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz; equal arrays give equal bytes."""
     with whole(path, binary=True) as file:
@@ -142,15 +132,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     # whatever NumPy and zipfile make of bytes that nobody wrote
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: is damaged") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole(path) as file:
-        file.write(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 _ROUND = re.compile(r"(\d{6})\.npz(\.tmp)?")
@@ -198,7 +179,7 @@ class RoundLog:
         for number in range(done):
             path = RoundLog._path(folder, number)
             try:
-                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                found[path.name] = sha256(path)
             except OSError:
                 found[path.name] = None
         return found
@@ -210,7 +191,11 @@ class RoundLog:
     def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
         path = self._path(self.folder, number)
         write_arrays(path, arrays)
-        self.known[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.known[path.name] = sha256(path)
+
+    def arrays(self, number: int) -> dict[str, np.ndarray]:
+        """Of a round that is done."""
+        return read_arrays(self._path(self.folder, number))
 
     def stacked(self) -> dict[str, np.ndarray]:
         """Everything so far, see `read`."""
@@ -317,10 +302,3 @@ def lifecycle(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
 _ROW_FIELDS = (
     "requested_op", "success", "gate_level", "gate_passed", "panic", "panic_reason", "blueprint", "alpha",
 )  # fmt: skip
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines."""
-    with whole(path) as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")

@@ -23,7 +23,7 @@ import numpy as np
 from esper_jax import data, presets
 from esper_jax.config import Config, GovernorConfig
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import command, devices, options, provenance, records
+from esper_jax.run import command, devices, files, options, provenance
 from experiments.faults import detectors, population
 from experiments.faults.detectors import DEFAULT, DETECTORS, Share
 from experiments.faults.population import KINDS, NUMBER, Cell, Plan
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             report = measure(PLANS[chosen.preset], print)
             report = {"preset": chosen.preset, **report}
             if chosen.out is not None:
-                records.write_json(chosen.out, report)
+                files.write_json(chosen.out, report)
                 print(f"wrote {chosen.out}")
             return 0
     except command.Refusal as error:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_stop_is_asked_for_in_a_round(tmp_path, every):
     jobs.report_stopped(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "learning.png", "metrics.npz"}
     hashes = lambda beside: records.RoundLog.hashes(tmp_path / "checkpoints" / "rounds", len(beside))
-    again, done, _ = checkpoint.resume(tmp_path / "checkpoints", whole.run, whole.meta, hashes)
+    again, done, _ = checkpoint.resume([tmp_path / "checkpoints"], whole.run, whole.meta, hashes)
     state, rounds = jobs.learn(whole._replace(run=again))
     assert done == 1 and tiny.equal(state, tiny_run.result().states[2])
 
@@ -179,15 +180,65 @@ def test_a_learner_that_is_dead_ends_the_run(tmp_path):
     nan = jnp.full_like(start.run.hypers.reward.price, jnp.nan)
     sick = start.run.replace(hypers=start.run.hypers.replace(reward=start.run.hypers.reward.replace(price=nan)))
     with pytest.raises(
-        jobs.command.Refusal, match="policy 0 took no step in 3 rounds.*first not finite: hypers.reward"
+        jobs.command.Refusal, match="policy 0 took no step in 3 rounds in a row.*first not finite: hypers.reward"
     ):
         jobs.learn(start._replace(run=sick))
     shown = start.console.rich.file.getvalue().splitlines()
-    assert len(shown) == 3 and all("  skipped=" in line for line in shown)
+    said = "  policies 0, 1 took no step in 2 rounds: there is no older checkpoint to return to"
+    assert [line for line in shown if "  skipped=" not in line] == [said] and len(shown) == 4
     last, done = checkpoint.restore(tmp_path / "checkpoints", sick, start.meta)
     assert (
         done == 3 and np.isfinite(last.returns.var).all() and tiny.equal(last.learner.params, start.run.learner.params)
     )
+
+
+def poisoned(run, policy):
+    """A policy whose parameters are finite and useless."""
+    spoil = lambda leaf: leaf.at[policy].set(1e30)
+    return run.replace(learner=run.learner.replace(params=jax.tree.map(spoil, run.learner.params)))
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_learner_that_is_dead_returns_to_its_best_checkpoint(tmp_path, monkeypatch, memory):
+    """Policy 1 is poisoned before the third round and takes no step in the third and fourth; it begins the fifth as it
+    was at the best checkpoint from before, which lies in memory if that was asked for; policy 0 and the keys are those
+    of a run that nothing happened to. A run that was killed in between does the same."""
+    start = job(tmp_path / "run", rounds=6)
+    if memory:
+        monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
+        start.card["memory"] = checkpoint.memory_folder()
+    disk, healthy, begun, healthy_update = tmp_path / "run/checkpoints", [start.run], [], start.train.update
+    for _ in range(6):
+        healthy.append(start.train.update(start.key, healthy[-1])[0])
+
+    def update(key, run):
+        begun.append(run)
+        if memory:
+            assert not checkpoint.steps(disk)
+        if run.round == 4 and not memory and not (tmp_path / "killed").exists():
+            while checkpoint.steps(disk)[-1] < 4:  # it is still being written
+                time.sleep(0.01)
+            shutil.copytree(disk, tmp_path / "killed" / "checkpoints")
+        return healthy_update(key, poisoned(run, 1) if run.round == 2 else run)
+
+    start = start._replace(train=start.train._replace(update=update))
+    end, rounds = jobs.learn(start)
+    dead = (rounds["learner/updates_done"] == 0).tolist()
+    assert dead == [[False, False], [False, False], [False, True], [False, True], [False, False], [False, False]]
+    of = lambda run, policy: jax.tree.map(lambda leaf: leaf[policy], (run.learner, run.observations, run.returns))
+    assert tiny.equal(of(begun[4], 1), of(healthy[1], 1))  # step 2 is what it was when it failed
+    for number, run in enumerate([*begun, end]):
+        assert tiny.equal(of(run, 0), of(healthy[number], 0)) and run.round == number
+    shown = start.console.rich.file.getvalue()
+    assert "  policies 1 took no step in 2 rounds: returned to what they were at round 1\n" in shown
+    assert checkpoint.steps(disk)[-1] == 6 and not list(tmp_path.glob("esper_jax-*"))
+
+    if not memory:
+        disk = tmp_path / "killed" / "checkpoints"
+        hashes = lambda beside: records.RoundLog.hashes(disk / "rounds", len(beside))
+        again, step, damaged = checkpoint.resume([disk], start.run, start.meta, hashes)
+        assert step == 4 and not damaged
+        assert tiny.equal(jobs.learn(start._replace(out=tmp_path / "killed", run=again))[0], end)
 
 
 def card(cfg, **changes):

@@ -75,11 +75,41 @@ def test_saving_a_step_again_replaces_it(folder):
 
 
 def test_an_unfinished_checkpoint_does_not_count(folder):
-    shutil.copytree(folder / "step_00000003", folder / ".writing_00000004")
-    (folder / ".writing_00000004" / checkpoint.FINGERPRINT).unlink()
+    """Orbax's own name for one that a process left when it died; the next save clears it away."""
+    half = folder / "step_00000004.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "step_00000003", half)
+    (half / checkpoint.FINGERPRINT).unlink()
     assert checkpoint.steps(folder) == [3]
     checkpoint.save(folder, 5, state(), META)
-    assert not list(folder.glob(".writing*"))
+    assert checkpoint.steps(folder) == [3, 5] and not half.exists()
+
+
+def test_the_best_stay_beside_the_newest(tmp_path):
+    """Of scores 1, 9, 5, 7, none, 2 the steps 2 and 4 are best and 5 and 6 newest; a second manager, as after a resume,
+    knows the scores of the first."""
+    with checkpoint.Checkpoints(tmp_path, META) as checkpoints:
+        for step, score in enumerate((1.0, 9.0, 5.0, 7.0, None), start=1):
+            checkpoints.save(step, state(step), score=score)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    checkpoint.save(tmp_path, 6, state(6), META, score=2.0)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5, 6]
+    assert [checkpoint.best(tmp_path, before) for before in (2, 3, 7)] == [None, 2, 2]
+    checkpoint.save(tmp_path, 7, state(7), META, score=np.nan)
+    assert checkpoint.steps(tmp_path) == [2, 4, 6, 7] and checkpoint.best(tmp_path, 9) == 2
+
+
+def test_what_is_computed_meanwhile_is_not_what_is_saved(tmp_path):
+    """A save is of the state as it was, also where the next step takes over its buffers."""
+    step = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jnp.zeros(500_000)
+    with checkpoint.Checkpoints(tmp_path, META) as checkpoints:
+        for number in range(1, 4):
+            checkpoints.save(number, {"w": w})
+            w = step(w)
+        checkpoints.wait()
+        for number in (2, 3):
+            found = checkpoint.restore(tmp_path, {"w": w}, META, step=number)[0]["w"]
+            np.testing.assert_array_equal(found, number - 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm")
@@ -188,6 +218,9 @@ def flip(place, name):
         lambda place: flip(place, "state"),
         lambda place: shutil.rmtree(place / "state"),
         lambda place: (place / "state" / "new").write_text("x"),
+        lambda place: (place / "metrics" / "metrics").write_text("{"),
+        lambda place: (place / "metrics" / "metrics").write_text('{"score": "x"}'),
+        lambda place: shutil.rmtree(place / "metrics"),
         lambda place: (place.parent / "rounds" / "000003.npz").write_bytes(b""),
         lambda place: (place.parent / "rounds" / "000003.npz").unlink(),
         lambda place: shutil.copy(place.parent / "rounds" / "000002.npz", place.parent / "rounds" / "000003.npz"),
@@ -198,22 +231,22 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, damage):
     log = records.RoundLog(tmp_path / "rounds")
     for number in range(4):
         log.write(number, {"x": np.full(3, number)})
-        checkpoint.save(tmp_path, number + 1, state(number), META, beside=log.known)
+        checkpoint.save(tmp_path, number + 1, state(number), META, beside=log.known, score=1.0)
     hashes = lambda beside: records.RoundLog.hashes(tmp_path / "rounds", len(beside))
-    restored, step, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
+    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
     assert step == 4 and not damaged and tiny.equal(restored, state(3))
     damage(tmp_path / "step_00000004")
-    restored, step, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
-    assert step == 3 and tiny.equal(restored, state(2)) and checkpoint.steps(tmp_path) == [3, 4]
+    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
+    assert step == 3 and tiny.equal(restored, state(2)) and checkpoint.steps(tmp_path)[-2:] == [3, 4]
     (line,) = checkpoint.set_aside(damaged)
     assert line.startswith("step_00000004 is damaged (") and "kept as damaged_step_00000004, and" in line
-    assert (tmp_path / "damaged_step_00000004").is_dir() and checkpoint.steps(tmp_path) == [3]
+    assert (tmp_path / "damaged_step_00000004").is_dir() and checkpoint.steps(tmp_path)[-1] == 3
     # the run does that round again, and a second accident finds the name taken
     log = records.RoundLog(tmp_path / "rounds", step)
     log.write(3, {"x": np.full(3, 3)})
     checkpoint.save(tmp_path, 4, state(3), META, beside=log.known)
     empty(tmp_path / "step_00000004", checkpoint.FINGERPRINT)
-    *_, damaged = checkpoint.resume(tmp_path, state(), META, hashes)
+    *_, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
     assert "kept as damaged_step_00000004-2" in checkpoint.set_aside(damaged)[0]
     assert (tmp_path / "damaged_step_00000004-2").is_dir()
 
@@ -223,7 +256,7 @@ def test_where_nothing_is_whole_nothing_is_changed(tmp_path):
         checkpoint.save(tmp_path, number, state(), META)
         empty(tmp_path / f"step_{number:08d}", checkpoint.FINGERPRINT)
     with pytest.raises(CheckpointError, match="step_00000004/.*cannot be read.*; no older checkpoint is whole"):
-        checkpoint.resume(tmp_path, state(), META, lambda beside: {})
+        checkpoint.resume([tmp_path], state(), META, lambda beside: {})
     assert checkpoint.steps(tmp_path) == [3, 4]
 
 
@@ -231,7 +264,7 @@ def test_a_checkpoint_of_something_else_is_no_damage(folder):
     """It is refused, however old the next one is."""
     checkpoint.save(folder, 4, state(2), META)
     with pytest.raises(CheckpointError, match="'other' here$"):
-        checkpoint.resume(folder, state(), {**META, "data": "other"}, lambda beside: {})
+        checkpoint.resume([folder], state(), {**META, "data": "other"}, lambda beside: {})
     assert checkpoint.steps(folder) == [3, 4]
 
 
@@ -263,22 +296,65 @@ def test_only_what_the_run_wrote_is_deleted(tmp_path):
     ],
 )
 def test_a_checkpoint_that_cannot_be_written_is_one_error(folder, monkeypatch, error, number):
-    class Full:
-        def save(self, *args):
-            logging.getLogger("absl").error("no space")
-            raise error
+    import orbax.checkpoint as ocp
 
-        __enter__, __exit__ = lambda self: self, lambda self, *args: None
+    def full(*args, **kwargs):
+        (folder / "step_00000004.orbax-checkpoint-tmp").mkdir()
+        logging.getLogger("absl").error("no space")
+        raise error
 
     said = []
-    monkeypatch.setattr(checkpoint, "_orbax", Full)
     monkeypatch.setattr(logging.getLogger("absl"), "handle", said.append)
-    with pytest.raises(OSError) as caught:
-        checkpoint.save(folder, 4, state(), META)
-    assert (caught.value.errno, caught.value.filename) == (number, str(folder)) and not said
-    assert [path.name for path in folder.iterdir()] == ["step_00000003"]
-    monkeypatch.undo()
+    for method in ("save", "wait_until_finished"):  # at once, or in Orbax's thread
+        with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+            patch.setattr(ocp.CheckpointManager, method, full)
+            checkpoint.save(folder, 4, state(), META)
+        assert (caught.value.errno, caught.value.filename) == (number, str(folder)) and not said
+        assert [path.name for path in folder.iterdir()] == ["step_00000003"]
+    assert not logging.getLogger("absl").disabled
     assert tiny.equal(checkpoint.restore(folder, state(), META)[0], state())
+
+
+def test_an_older_one_that_is_damaged_is_set_aside_too(tmp_path):
+    """Orbax's manager reads the scores of all of them: nothing may stop it, also if the newest is whole."""
+    for number in (1, 2):
+        checkpoint.save(tmp_path, number, state(number), META, score=float(number))
+    (tmp_path / "step_00000001" / "metrics" / "metrics").write_text("{")
+    _, step, damaged = checkpoint.resume([tmp_path], state(), META, lambda beside: {})
+    assert step == 2
+    (line,) = checkpoint.set_aside(damaged)
+    assert line.startswith("step_00000001 is damaged (")
+    checkpoint.save(tmp_path, 3, state(3), META)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_the_newest_of_several_folders_is_gone_on_from(tmp_path):
+    disk, memory = tmp_path / "disk", tmp_path / "memory"
+    for folder, number in ((disk, 1), (memory, 2), (disk, 3)):
+        checkpoint.save(folder, number, state(number), META)
+    restored, step, _ = checkpoint.resume([memory, disk], state(), META, lambda beside: {})
+    assert step == 3 and tiny.equal(restored, state(3))
+    shutil.rmtree(disk)
+    assert checkpoint.resume([disk, memory], state(), META, lambda beside: {})[1] == 2
+
+
+def test_names_in_memory_backed_storage(tmp_path, monkeypatch):
+    """Only what `memory_folder` may have named is taken from a run card, and ever deleted."""
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
+    name = checkpoint.memory_folder()
+    assert checkpoint.in_memory(name) and not Path(name).exists()
+    others = ("/", f"{tmp_path}", f"{name}/x", f"{tmp_path}/esper_jax-", f"{tmp_path}/../esper_jax-{'0' * 16}", 3, None)
+    assert not any(map(checkpoint.in_memory, others))
+    checkpoint.save(name, 1, state(), META)
+    (Path(name) / "mine").write_text("x")
+    checkpoint.forget_memory(name)
+    assert [path.name for path in Path(name).iterdir()] == ["mine"]
+    (Path(name) / "mine").unlink()
+    checkpoint.forget_memory(name)
+    assert not Path(name).exists()
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--memory-checkpoints: there is no memory-backed storage here"):
+        checkpoint.memory_folder()
 
 
 def test_keys_are_refused(tmp_path):

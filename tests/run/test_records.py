@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from esper_jax.enums import LEARNED
-from esper_jax.run import records
+from esper_jax.run import files, records
 from esper_jax.types import Op, Stage
 
 P, E, T, S = tiny_run.CONFIG.policy_seeds, tiny_run.CONFIG.n_envs, tiny_run.CONFIG.training.epochs, 2
@@ -107,10 +107,10 @@ def test_a_damaged_round_is_named(tmp_path):
 
 WRITERS = {
     "arrays": lambda path: records.write_arrays(path, {"x": np.zeros(3)}),
-    "json": lambda path: records.write_json(path, {"x": 1}),
-    "text": lambda path: records.write_text(path, "x"),
+    "json": lambda path: files.write_json(path, {"x": 1}),
+    "text": lambda path: files.write_text(path, "x"),
     "csv": lambda path: records.write_csv(path, [{"x": 1}], ("x",)),
-    "lines": lambda path: records.write_lines(path, [{"x": 1}]),
+    "lines": lambda path: files.write_lines(path, [{"x": 1}]),
 }
 
 
@@ -125,7 +125,7 @@ def test_a_file_is_complete_or_what_it_was(tmp_path, monkeypatch, write):
         if before:
             path.write_bytes(before)
         with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{path}'"):
-            patch.setattr(records.os, "fsync", full)
+            patch.setattr(files.os, "fsync", full)
             WRITERS[write](path)
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] * bool(before)
     WRITERS[write](path)
@@ -164,7 +164,7 @@ def test_outcomes(tmp_path):
 
 def test_lifecycle_rows_replay_every_stage(tmp_path):
     rows = list(records.lifecycle(metrics()))
-    records.write_lines(tmp_path / "lifecycle.jsonl", rows)
+    files.write_lines(tmp_path / "lifecycle.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "lifecycle.jsonl").read_text().splitlines()] == rows
     stage = metrics()["arms/stage"]
     replayed = np.full(stage.shape, Stage.DORMANT)
