@@ -128,7 +128,8 @@ def compile_ahead(
 ) -> Train:
     """The same run, with its rollout compiled and the other programs on their way.
 
-    Whoever needs one of those waits until it is ready, and gets the error if it could not be compiled.
+    Whoever needs one of those waits until it is ready, and gets the error if it could not be compiled. Raises
+    MemoryError for a program that does not fit into a device.
 
     Args:
       done: called as `done(name, seconds)` when a program is ready.
@@ -159,17 +160,29 @@ def compile_ahead(
     def program(name: str) -> Callable:
         compiled = lowered.pop(name).result().compile()
         return_memory()
+        devices.check_memory(program_bytes(compiled), name)
         done(name, time.perf_counter() - started)
         return compiled
 
     programs = background({name: functools.partial(program, name) for name in lower})
-    programs["rollout"].result()
+    # where memory is the devices' own, what does not fit is found out before the first round
+    for name in ("rollout",) if devices.device_memory() is None else tuple(lower):
+        programs[name].result()
 
     def call(name: str) -> Callable:
         return lambda *args: programs[name].result()(*args)
 
     compiled = {name: call(name) for name in ("rollout", "pay", "learn", "report", "keys")}
     return bind(cfg, train.dataset, train.controllers, train.programs._replace(**compiled))
+
+
+def program_bytes(compiled: Any) -> int:
+    """What a compiled program needs on each device; 0 if the compiler does not say."""
+    needs = compiled.memory_analysis()
+    if needs is None:
+        return 0
+    whole = needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
+    return whole - needs.alias_size_in_bytes
 
 
 def spare_the_collector() -> None:

@@ -28,15 +28,21 @@ def usable_cpus(root: Path = Path("/")) -> int:
     return max(1, min([cpus, *map(math.ceil, _quotas(root))]))
 
 
-def _quotas(root: Path) -> list[float]:
-    """CPUs that control groups allow, where one limits them: version 2, then version 1."""
-    base, found = root / "sys/fs/cgroup", []
+def _groups(root: Path) -> set[Path]:
+    """Folders of the control groups of version 2 that this process is in."""
+    base = root / "sys/fs/cgroup"
     groups = {base}
     with contextlib.suppress(OSError):
         lines = (root / "proc/self/cgroup").read_text().splitlines()
         own = [base / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
         groups.update(own, *(group.parents for group in own))
-    for group in groups:
+    return groups
+
+
+def _quotas(root: Path) -> list[float]:
+    """CPUs that control groups allow, where one limits them: version 2, then version 1."""
+    found, base = [], root / "sys/fs/cgroup"
+    for group in _groups(root):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max 100000"
             quota, period = map(int, (group / "cpu.max").read_text().split())
             found.append(quota / period)
@@ -47,6 +53,44 @@ def _quotas(root: Path) -> list[float]:
             if quota > 0:  # -1: no limit
                 found.append(quota / period)
     return found
+
+
+def host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this machine has, or as many as its control group allows; None where nobody says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemTotal:")).split()[1]))
+    for group in _groups(root):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int((group / "memory.max").read_text()))
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int((root / "sys/fs/cgroup/memory/memory.limit_in_bytes").read_text()))
+    return min(found, default=None)
+
+
+def device_memory() -> int | None:
+    """Bytes of memory that a device of its own memory has for JAX; None of a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def check_memory(need: int, what: str) -> None:
+    """Raises MemoryError if a device has its own memory, and less than so many bytes."""
+    there = device_memory()
+    if there is not None and need > there:
+        raise MemoryError(f"{what} needs {size(need)} on each device, which has {size(there)}")
+
+
+def size(n: float) -> str:
+    """
+    >>> size(1.6e12), size(2_300_000), size(12)
+    ('1.6 TB', '2.3 MB', '0.0 MB')
+    """
+    for factor, unit in ((1e12, "TB"), (1e9, "GB")):
+        if n >= factor:
+            return f"{n / factor:,.1f} {unit}"
+    return f"{n / 1e6:.1f} MB"
 
 
 def use_cpus(asked: int = 0) -> None:

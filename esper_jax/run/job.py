@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from esper_jax.env.environment import make_env
 from esper_jax.evidence import report, tables
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
-from esper_jax.run import checkpoint, command, compilation, devices, files, folder, provenance, records
+from esper_jax.run import checkpoint, command, compilation, devices, estimate, files, folder, provenance, records
 from esper_jax.run.console import Console, round_note
 from esper_jax.run.options import check as check_words
 from esper_jax.run.options import typed
@@ -36,7 +37,6 @@ from esper_jax.types import Controller
 
 # rounds in a row in which a policy takes no step, until it returns to what it was, and until the run ends
 RETURN_AFTER, MOST_IDLE_ROUNDS = 2, 3
-SMALLER = "a smaller --env-chunk, --n-envs, --policy-seeds or --training.epochs needs less"
 
 
 C = TypeVar("C", bound=Config)
@@ -59,6 +59,8 @@ class JobOptions:
     memory_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
     """keep checkpoints in memory-backed storage while the run goes on, and write only the last one to its folder: they
     outlive the process, but not the machine"""
+    plan: tyro.conf.FlagCreatePairsOff[bool] = False
+    """check everything, say what would be computed and what it may take, and end"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
     force: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -75,6 +77,10 @@ class JobOptions:
         """Raises ValueError if the data that are named are not there."""
 
 
+class Planned(Exception):
+    """No more than a plan was asked for."""
+
+
 class Job(NamedTuple):
     """A run that is ready to start."""
 
@@ -88,6 +94,7 @@ class Job(NamedTuple):
     meta: dict  # what a checkpoint has to agree with
     card: dict  # run.json
     meant: str | None = None  # see JobOptions.meant
+    first: Future | None = None  # a run before its first round, on its way
 
     @property
     def checkpoints(self) -> Path:
@@ -157,6 +164,8 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     Args:
       command_line: for the run card.
       held: keeps the run's folder from other processes until it is closed.
+
+    Raises Planned where only that was asked for, with nothing written.
     """
     now = datetime.now()
     cfg = compilation.spread(options.config.replace(devices=1) if options.debug_nans else options.config)
@@ -172,6 +181,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         held.enter_context(folder.locked(out))
     before = provenance.read_card(out) if options.resume else {}
     rules, script = check(cfg, options.script or before.get("script"))
+    estimate.check_counts(cfg, len(rules))
     header(console, options, cfg, out)
 
     warn = lambda line: console.say(f"  {line}", style="bold red", always=True)
@@ -195,7 +205,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         fields = ", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items())
         warn(f"the run is of an older version, and goes on with {fields}")
     meta = {"config": provenance.computed(cfg, added), "data": provenance.digest(dataset.identity)}
-    run, damaged = None, []
+    run, done, damaged = None, 0, []
     kept = out / "checkpoints"
     for place in (kept, kept / "rounds"):
         if os.path.lexists(place) and not place.is_dir():
@@ -203,15 +213,20 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     if before.get("rebuilt"):
         warn(f"{out / 'run.json'} is missing or damaged: rebuilt from the newest checkpoint")
     places = [kept, *(Path(place) for place in [before.get("memory")] if place)]
+    template = compilation.run_template(train, cfg, key)
     if options.resume and any(map(checkpoint.steps, places)):
-        template = compilation.run_template(train, cfg, key)
         hashes = lambda beside: records.RoundLog.hashes(kept / "rounds", len(beside))
         run, done, damaged = checkpoint.resume(places, template, meta, hashes)
         if done > cfg.rounds:
             raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
         records.RoundLog.check(kept / "rounds", done)
     if options.resume:
-        console.facts({"resume": f"after round {0 if run is None else int(run.round)}"})
+        console.facts({"resume": f"after round {done}"})
+    # tracing leaves a core to whatever has to be compiled besides
+    init = {"init": lambda: train.init(key)} if run is None and not options.plan else {}
+    first = compilation.background(init).get("init")
+    with console.step("estimate", "rollouts and memory") as said:
+        said.append(str(estimate.of(train, cfg, template, key, done)))
     memory = before.get("memory")
     if memory and not checkpoint.steps(memory):
         if run is None:
@@ -222,6 +237,8 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
     part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
     _compare_parts(before, part, out, options.force, warn)
+    if options.plan:
+        raise Planned
     # from here on files are changed
     for line in checkpoint.set_aside(damaged):
         warn(line)
@@ -242,7 +259,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         **card,
     }
     files.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, train, key, run, meta, card, meant)
+    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first)
 
 
 def _checked(train: Train, cfg: Config) -> Train:
@@ -283,16 +300,12 @@ def _compare_parts(before: dict, now: dict, out: Path, force: bool, warn: Callab
 def start(job: Job) -> Job:
     """The job with its rollout compiled, the other programs on their way, and a run to go on with."""
     if job.options.debug_nans:
-        run = job.train.init(job.key) if job.run is None else job.run
-        return job._replace(train=_checked(job.train, job.cfg), run=run)
+        return job._replace(train=_checked(job.train, job.cfg), run=job.first.result() if job.first else job.run)
     with job.console.step("compile", "rollout; learn and report follow") as said:
-        init = {"init": lambda: job.train.init(job.key)} if job.run is None else {}
-        first = compilation.background(init).get("init")
         note = lambda name, seconds: said.append(f"{name} {seconds:.1f} s")
         cfg = job.cfg.replace(rounds=job.cfg.rounds - (0 if job.run is None else int(job.run.round)))
         train = compilation.compile_ahead(job.train, cfg, job.key, note)
-        run = first.result() if first else job.run
-    return job._replace(train=train, run=run)
+    return job._replace(train=train, run=job.first.result() if job.first else job.run)
 
 
 def header(console: Console, options: JobOptions, cfg: Config, out: Path) -> None:
@@ -512,6 +525,8 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
                 raise command.Refusal(f"--debug-nans: {error}") from error
             except OSError as error:  # such as a full disk
                 raise command.Refusal(stopped(error, job.out)) from error
+    except Planned:
+        return 0
     except command.Refusal as refusal:
         return command.refused(typed(str(refusal), argv, kind))
     except KeyboardInterrupt:
@@ -519,6 +534,6 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
         return command.STOPPED
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return command.refused(f"out of memory ({command.line(error)[:200]}): {SMALLER}")
+            return command.refused(f"out of memory ({command.line(error)[:200]}): {estimate.LESS}")
         return command.broken(error, job and job.out)
     return 0

@@ -717,32 +717,3 @@ def test_devices_share_environments_evenly():
     assert compilation.spread(cfg.replace(n_envs=10)).devices == 1
     assert compilation.spread(cfg.replace(env_chunk=4)).devices == 2
     assert compilation.spread(cfg.replace(devices=3)).devices == 3
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_from_the_command_line(tmp_path):
-    tiny_options = (
-        "--preset", "smoke", "--data", "digits", "--training.epochs", "6", "--training.batches-per-epoch", "2",
-        "--lifecycle.blueprints", "norm", "conv_light", "--host.base-channels", "4", "--n-envs", "2", "--report-envs",
-        "2", "--ppo.minibatches", "1", "--ppo.hidden-size", "8", "--devices", "1", "--rounds", "3", "--policy-seeds",
-        "2",
-    )  # fmt: skip
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    code, out, err = run(*tiny_options, "--out", tmp_path / "whole", env=env)
-    assert code == 0, err
-    assert "NOT CIFAR-10" in out and re.search(r"compile   \d+\.\d s", out) and "round 3/3" in out
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == FILES
-
-    process = command(*tiny_options, "--out", tmp_path / "killed", env=env)
-    while not (tmp_path / "killed" / "checkpoints" / "rounds" / "000000.npz").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "killed" / "metrics.npz").exists()
-    code, out, err = run("--resume", tmp_path / "killed", env=env)
-    assert code == 0, err
-    whole, resumed = ((tmp_path / name / "metrics.npz").read_bytes() for name in ("whole", "killed"))
-    assert whole == resumed
-    code, out, err = run("--resume", tmp_path / "killed", "--training.host-lr", "0.5", env=env)
-    assert code == 2 and "only rounds, report_envs, devices may differ" in err

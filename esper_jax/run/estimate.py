@@ -1,0 +1,129 @@
+"""What a run will ask for, before anything is compiled: bytes, and on CPUs time; what cannot fit is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from esper_jax.config import Config
+from esper_jax.enums import LEARNED
+from esper_jax.env import observation
+from esper_jax.run import devices, records
+from esper_jax.train import Metrics, Rollout, Train, round_of
+
+# FLOP/s of convolutions and matrix products that a CPU core reaches in a rollout: 12, 17 and 27 billion in the preset
+# `quick` on CIFAR-10, digits and text (two cores of an AMD EPYC of family 26). Other makes differ as much again.
+CPU_FLOPS = 17e9
+DOUBT = 2.0  # the factor by which a time may be shorter or longer
+LESS = "fewer or smaller --rounds, --n-envs, --policy-seeds, --training.epochs, --report-envs or --env-chunk need less"
+
+
+class Estimate(NamedTuple):
+    flops: float  # of all rollouts, the middle between empty and full slots
+    device_bytes: int  # on each device; what is computed with comes on top
+    host_bytes: int  # the arrays of all rounds and of the comparison
+    seconds: float | None  # on CPUs
+
+    def __str__(self) -> str:
+        time = "" if self.seconds is None else f"rollouts {span(self.seconds / DOUBT, self.seconds * DOUBT)}, "
+        memory = f"{devices.size(self.device_bytes)} on each device and {devices.size(self.host_bytes)} of results"
+        return f"{time}memory {memory}"
+
+
+def check_counts(cfg: Config, n_rules: int) -> None:
+    """Raises ValueError where the features alone of a round's or the comparison's episodes cannot fit.
+
+    To be called before anything is made for them.
+    """
+    row = 4 * observation.size(cfg.action_space)  # f32[D]
+    rows = cfg.policy_seeds + (cfg.reward.mode == "paired")
+    _check(rows * cfg.n_envs * cfg.training.epochs * row, "the episodes of a round")
+    arms = n_rules + len(LEARNED) * cfg.policy_seeds
+    _check(arms * cfg.report_envs * cfg.training.epochs * row, "the episodes of the comparison")
+
+
+def of(train: Train, cfg: Config, run: Any, key: jax.Array, done: int = 0) -> Estimate:
+    """Traces a rollout, which compiling it afterwards needs not do again.
+
+    Args:
+      run: shapes of its state.
+      done: rounds that will not be played again.
+
+    Raises ValueError if it cannot fit into memory.
+    """
+    n_devices = cfg.devices or jax.device_count()
+    everyone = round_of(cfg, train.controllers)
+    env_key = jax.eval_shape(train.programs.keys, key, run.round)[0]
+    traced = train.programs.rollout.trace(train.dataset, run, env_key, everyone)
+    rows, grown = traced.out_info
+    episodes = everyone.env.size
+    arms = len(train.controllers) - len(LEARNED) + len(LEARNED) * cfg.policy_seeds
+    blocks = math.ceil(arms * cfg.report_envs / episodes)
+    least, most = (flops(traced.jaxpr.jaxpr, pick) * n_devices for pick in (min, max))
+    total = (least + most) / 2 * (cfg.rounds - done + blocks)
+    per_device = nbytes((rows, grown)) // n_devices + nbytes((train.dataset, run))
+    kept = _kept_bytes(rows)
+    # all rounds are read, then stacked; the comparison's blocks are joined, then cut into arms
+    host = 2 * kept * cfg.rounds * cfg.n_envs * cfg.policy_seeds + 2 * blocks * nbytes(rows)
+    cpu = devices.backend() == "cpu"
+    _check(host + per_device * n_devices * cpu, "the arrays of all rounds and of the comparison")
+    devices.check_memory(per_device, "a round")
+    return Estimate(total, per_device, host, total / CPU_FLOPS / n_devices if cpu else None)
+
+
+def _check(need: int, what: str) -> None:
+    there = devices.host_memory()
+    if there is not None and need > there:
+        raise ValueError(f"{what} would take {devices.size(need)}, and this machine has {devices.size(there)}: {LESS}")
+
+
+def _kept_bytes(rows: Rollout) -> int:
+    """Of one episode of a round, as it is written: from the arrays of one that is one epoch long."""
+    epochs = rows.reward.shape[2]
+    one = jax.tree.map(lambda leaf: np.zeros((1, 1, 1, *leaf.shape[3:]), leaf.dtype), rows)
+    return epochs * sum(array.nbytes for array in records.round_arrays(Metrics(one, {})).values())
+
+
+def nbytes(tree: Any) -> int:
+    """Of arrays or their shapes; a PRNG key counts as its words."""
+    key_bytes = lambda leaf: leaf.dtype.itemsize * math.prod(leaf.shape)
+    return sum(key_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def flops(jaxpr: Any, pick: Any) -> float:
+    """2 per multiply-add of the convolutions and matrix products in a traced function.
+
+    A scan counts as often as it runs, a loop without a known end once, and of a choice the branch that `pick`, min or
+    max, takes.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        shapes, name = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")], eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][i] for i in contracted)
+        elif name == "conv_general_dilated":
+            outputs = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[1]) / outputs
+        else:
+            values = [x for v in eqn.params.values() for x in (v if isinstance(v, tuple | list) else [v])]
+            inner = [getattr(value, "jaxpr", value) for value in values]
+            counts = [flops(each, pick) for each in inner if hasattr(each, "eqns")]
+            if counts:
+                total += pick(counts) if name == "cond" else eqn.params.get("length", 1) * sum(counts)
+    return total
+
+
+def span(least: float, most: float) -> str:
+    """Two times in seconds, in the unit of the longer one.
+
+    >>> span(50, 200), span(5, 20), span(90_000, 180_000)
+    ('0.8 to 3.3 min', '5 to 20 s', '1.0 to 2.1 days')
+    """
+    for per, unit in ((86_400, "days"), (3_600, "hours"), (60, "min")):
+        if most >= 2 * per:
+            return f"{least / per:,.1f} to {most / per:,.1f} {unit}"
+    return f"{least:.0f} to {most:.0f} s"
