@@ -178,14 +178,14 @@ class Tokens(NamedTuple):
     encode: Callable[[str], np.ndarray]  # text -> i32[N]
 
 
-def characters(text: str) -> Tokens:
+def characters(text: str, source: str = "the text") -> Tokens:
     """A token for each character that occurs. Raises DataError if they are more than `MOST_CHARACTERS`, or only one."""
     points = np.unique(_points(text))
     if len(points) < 2:
-        raise DataError(f"--text: the text has one character alone, {chr(points[0])!r}: must have at least 2")
+        raise DataError(f"--text: {source} has one character alone, {chr(points[0])!r}: must have at least 2")
     if len(points) > MOST_CHARACTERS:
         raise DataError(
-            f"TextDataConfig.tokens = 'characters': the text has {len(points)} different characters: must be at most "
+            f"TextDataConfig.tokens = 'characters': {source} has {len(points)} different characters: must be at most "
             f"{MOST_CHARACTERS}; --data.tokens bpe takes any"
         )
     encode = lambda text: np.searchsorted(points, _points(text)).astype(np.int32)
@@ -196,7 +196,7 @@ def _points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def byte_pairs(text: str, size: int) -> Tokens:
+def byte_pairs(text: str, size: int, source: str = "the text") -> Tokens:
     """Byte pairs (Sennrich et al., 2016), merged over the bytes of a text until there are `size` tokens.
 
     Raises DataError if the extra is not installed, or the text is too small for so many.
@@ -213,7 +213,7 @@ def byte_pairs(text: str, size: int) -> Tokens:
     found = model.get_vocab_size()
     if found != size:
         raise DataError(
-            f"TextDataConfig.vocabulary = {size}: must be at most {found}, for which this text has byte pairs"
+            f"TextDataConfig.vocabulary = {size}: must be at most {found}, for which {source} has byte pairs"
         )
     byte_of = _bytes_of_letters()
     vocabulary = tuple(bytes(byte_of[letter] for letter in model.id_to_token(token)) for token in range(size))
@@ -241,7 +241,10 @@ def load(cfg: TextDataConfig) -> TextDataset:
     held_out = max(1, round(cfg.held_out * len(text)))
     ends = len(text) - 2 * held_out, len(text) - held_out
     blocks = text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]
-    tokens = characters(text) if cfg.tokens == "characters" else byte_pairs(blocks[0], cfg.vocabulary)
+    if cfg.tokens == "characters":
+        tokens = characters(text, corpus.source)
+    else:
+        tokens = byte_pairs(blocks[0], cfg.vocabulary, corpus.source)
     train, validation, test = (tokens.encode(block) for block in blocks)
     for what, block in (("training", train), ("validation", validation), ("test", test)):
         if len(block) <= cfg.window:

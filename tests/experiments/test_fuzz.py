@@ -57,8 +57,9 @@ def tree(place):
     return {path.relative_to(place).as_posix(): content(path) for path in sorted(place.rglob("*"))}
 
 
-def check(main, argv, place):
-    """Calls a command; what must hold whatever it was given. Returns its one line, if it refused."""
+def check(main, argv, place, named):
+    """Calls a command; what must hold whatever it was given. Returns its one line, if it refused, which has to name
+    what is wrong."""
     before, out, err = tree(place), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([*argv, "--plan", "--quiet"])
@@ -67,6 +68,7 @@ def check(main, argv, place):
     assert len(lines) == (code == 2) and all(line.startswith("error: ") for line in lines), lines
     assert "Traceback" not in out.getvalue() + err.getvalue()
     assert tree(place) == before
+    assert all(named in line for line in lines), lines
     return lines[0] if lines else None
 
 
@@ -89,7 +91,7 @@ def test_options(data):
     for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
         words += [name, *data.draw(st.lists(WORDS, max_size=2))]
     with folder() as place:
-        check(cifar.main, [*DIGITS, *words], place)
+        check(cifar.main, [*DIGITS, *words], place, "--")
 
 
 def run_folder(place):
@@ -118,7 +120,7 @@ def whole(tmp_path_factory):
     place.mkdir()
     run_folder(place)
     with contextlib.chdir(place.parent):
-        assert check(cifar.main, ["--resume", "run"], place.parent) is None
+        assert check(cifar.main, ["--resume", "run"], place.parent, "run") is None
     return place
 
 
@@ -162,7 +164,7 @@ def test_run_cards(whole, data):
         if data.draw(st.booleans()):  # without it the card would be rebuilt
             shutil.rmtree(place / "run" / "checkpoints")
         (place / "run" / "run.json").write_text(json.dumps(changed(data, card)))
-        check(cifar.main, ["--resume", "run"], place)
+        check(cifar.main, ["--resume", "run"], place, "run")
 
 
 @few
@@ -172,7 +174,7 @@ def test_files_of_a_run(whole, data):
         shutil.copytree(whole, place / "run")
         for _ in range(data.draw(st.integers(1, 3))):
             damage(data, place / "run")
-        check(cifar.main, ["--resume", "run"], place)
+        check(cifar.main, ["--resume", "run"], place, "run")
 
 
 def damage(data, place):
@@ -220,9 +222,9 @@ def test_pictures(data):
         for _ in range(data.draw(st.integers(1, 2))):
             damage(data, place / "pictures")
         shape = ["--data.validation-size", "5", "--training.batch-size", "8"]
-        check(
-            cifar.main, ["--preset", "smoke", "--data", "cifar10", "--data-dir", "pictures", *DIGITS[4:], *shape], place
-        )
+        shape += ["--data.train-limit", "16", "--data.test-limit", "4"]
+        words = ["--preset", "smoke", "--data", "cifar10", "--data-dir", "pictures", *DIGITS[4:], *shape]
+        check(cifar.main, words, place, "pictures")
 
 
 @few
@@ -231,7 +233,7 @@ def test_texts(content, times, tokens):
     with folder() as place:
         (place / "story").write_bytes(content * times)
         sizes = ["--data.tokens", tokens, "--data.window", "8", "--devices", "1", "--lifecycle.blueprints", "norm"]
-        check(text.main, ["--preset", "smoke", "--text", "story", *sizes], place)
+        check(text.main, ["--preset", "smoke", "--text", "story", *sizes], place, "story")
 
 
 LINES = st.lists(
@@ -251,4 +253,4 @@ LINES = st.lists(
 def test_scripts(words):
     with folder() as place:
         (place / "script").write_bytes(" ".join(words).encode("utf-8", "surrogatepass"))
-        check(cifar.main, [*DIGITS, "--script", "script"], place)
+        check(cifar.main, [*DIGITS, "--script", "script"], place, "script")

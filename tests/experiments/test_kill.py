@@ -32,9 +32,7 @@ def moments(run):
     """What to wait for before a kill, over and over: a checkpoint is written, has got its name, is dropped; a round is
     written; nothing. Each is a function that says which of them there are now."""
     memory = lambda: json.loads((run / "run.json").read_text()).get("memory") if (run / "run.json").exists() else None
-    there = lambda folder, pattern: (
-        frozenset(path.name for path in Path(folder).glob(pattern)) if folder else frozenset()
-    )
+    there = lambda folder, pattern: frozenset(map(str, Path(folder).glob(pattern))) if folder else frozenset()
     kept = lambda: memory() or run / "checkpoints"
     return (
         lambda: there(kept(), "step_*tmp*"),
