@@ -23,7 +23,16 @@ if jax.__version_info__ < (0, 11):
 jax.config.update("jax_disable_most_optimizations", True)
 TOGETHER = {  # files that share compiled programs
     **dict.fromkeys(
-        ("test_train", "test_report", "test_records", "test_checkpoint", "test_compilation", "test_cifar"), "run"
+        (
+            "test_train",
+            "test_report",
+            "test_records",
+            "test_checkpoint",
+            "test_compilation",
+            "test_cifar",
+            "test_estimate",
+        ),
+        "run",
     ),
     **dict.fromkeys(("test_environment", "test_observation"), "environment"),
 }

@@ -23,6 +23,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        log = logging.getLogger("absl")  # it would repeat, with tracebacks, what is raised here in one line
-        self._log, log.disabled = log.disabled, True
+        # both would repeat, with tracebacks, what is raised here in one line
+        log, hook = logging.getLogger("absl"), sys.unraisablehook
+        self._before = log.disabled, hook
+        log.disabled = True
+        sys.unraisablehook = lambda seen: None if "Event loop is closed" in str(seen.exc_value) else hook(seen)
         score = lambda metrics: metrics["score"]
         best = policies.BestN(get_metric_fn=score, n=self._best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -150,7 +155,7 @@ class Checkpoints:
         if orbax is not None:
             with contextlib.suppress(Exception):  # what went wrong has been raised
                 orbax.close()
-            logging.getLogger("absl").disabled = self._log
+            logging.getLogger("absl").disabled, sys.unraisablehook = self._before
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -162,6 +167,7 @@ class Checkpoints:
             full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
             number = errno.ENOSPC if full else (cause and cause.errno) or errno.EIO
             reason = os.strerror(number) if full else (cause and cause.strerror) or str(error)
+            time.sleep(0.3)  # the other writers of this checkpoint find out that nobody waits for them
             self._forget()
             for half in self.folder.glob(f"step_*{_HALF}*"):
                 shutil.rmtree(half, ignore_errors=True)

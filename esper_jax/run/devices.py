@@ -60,7 +60,7 @@ def host_memory(root: Path = Path("/")) -> int | None:
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = (root / "proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemTotal:")).split()[1]))
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:")]
     for group in _groups(root):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             found.append(int((group / "memory.max").read_text()))

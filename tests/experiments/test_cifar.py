@@ -400,7 +400,57 @@ def test_memory_that_is_not_there_is_one_line(main, monkeypatch):
     for error in (MemoryError("Unable to allocate 9 GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
         monkeypatch.setattr(jobs, "start", lambda job, error=error: (_ for _ in ()).throw(error))
         code, (line,) = main(*SMALL)
-        assert code == 2 and line.startswith(f"error: out of memory ({error}): a smaller --env-chunk, --n-envs, ")
+        assert code == 2 and line.startswith(f"error: out of memory ({error}): fewer or smaller --rounds, --n-envs, ")
+
+
+def test_what_would_not_fit_is_refused_before_anything_is_written(main, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "host_memory", lambda: 10**6)
+    code, (line,) = main(*SMALL, "--out", "run")
+    assert code == 2 and line.startswith("error: the arrays of all rounds and of the comparison would take ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_changes_nothing(main, monkeypatch, tmp_path, capsys):
+    """Of a new run, and of one that would go on."""
+    monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(*SMALL[:-1], "--plan") == (0, []) and not list(tmp_path.iterdir())
+    assert main(*SMALL, "--out", "run")[0] == 130
+    before = Path("run/run.json").read_bytes()
+    capsys.readouterr()
+    assert cifar.main(["--resume", "run", "--plan"]) == 0
+    assert re.search(r"resume    after round 0\n.*\n  estimate  [\d.]+ s  rollouts ", capsys.readouterr().out)
+    assert Path("run/run.json").read_bytes() == before and [path.name for path in Path("run").iterdir()] == ["run.json"]
+
+
+def test_checkpoints_in_memory(main, monkeypatch, tmp_path):
+    """The run card knows where they are; whether they are still there is said; what cannot be is refused."""
+    monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path / "memory")
+    code, (line,) = main(*SMALL, "--memory-checkpoints")
+    assert code == 2 and line.startswith("error: --memory-checkpoints: there is no memory-backed storage here (")
+    code, (line,) = main(*SMALL, "--memory-checkpoints", "--checkpoint-every", "0")
+    assert code == 2 and line == "error: --checkpoint-every 0 and --memory-checkpoints: give one of them"
+    assert not list(tmp_path.iterdir())
+    checkpoint.MEMORY.mkdir()
+    assert main(*SMALL, "--memory-checkpoints", "--out", "run")[0] == 130
+    card = json.loads(Path("run/run.json").read_text())
+    assert checkpoint.in_memory(card["memory"]) and not list(checkpoint.MEMORY.iterdir())
+
+    cfg = Config.from_json(json.dumps(card["config"]))
+    train = jobs.make_train(cfg, jobs.data.load(cfg.data))
+    meta = {"config": provenance.computed(cfg), "data": provenance.digest(card["data"]["identity"])}
+    checkpoint.save(card["memory"], 0, train.init(jax.random.key(0)), meta)
+    seen = []
+    monkeypatch.setattr(jobs, "start", lambda job: seen.append(job) or (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main("--resume", "run", "--quiet")[0] == 130
+    assert seen[-1].run is not None and seen[-1].checkpoints == Path(card["memory"])
+    shutil.rmtree(card["memory"])
+    assert main("--resume", "run")[0] == 130
+    assert seen[-1].run is None and seen[-1].checkpoints == Path("run/checkpoints")
+    path = Path("run/run.json")
+    path.write_text(json.dumps(card | {"memory": "/etc"}))
+    code, (line,) = main("--resume", "run", "--quiet")
+    assert code == 2 and "memory = '/etc': must be a folder in memory-backed storage or null" in line
 
 
 def test_a_disk_that_is_full_is_one_line(main, monkeypatch):

@@ -338,6 +338,19 @@ def test_the_newest_of_several_folders_is_gone_on_from(tmp_path):
     assert checkpoint.resume([disk, memory], state(), META, lambda beside: {})[1] == 2
 
 
+def test_a_checkpoint_outlives_a_loss_of_power(tmp_path, monkeypatch):
+    """When it gets its name, each of its files is on the disk, and afterwards the name is, too."""
+    synced = []
+    monkeypatch.setattr(checkpoint.files, "sync", lambda path: synced.append(path.relative_to(tmp_path).as_posix()))
+    checkpoint.save(tmp_path, 1, state(), META, score=1.0)
+    half = "step_00000001.orbax-checkpoint-tmp"
+    at = next(i for i, path in enumerate(synced) if path == half)  # the folder, once the fingerprint is in it
+    mine = {path.relative_to(tmp_path / "step_00000001").as_posix() for path in (tmp_path / "step_00000001").rglob("*")}
+    late = {path for path in mine if path.endswith("commit_success.txt")}  # empty, and nobody reads it
+    assert {path.removeprefix(f"{half}/") for path in synced[:at]} >= mine - late - {checkpoint.FINGERPRINT}
+    assert synced[-1] == "." and synced.index(".", at) > at
+
+
 def test_names_in_memory_backed_storage(tmp_path, monkeypatch):
     """Only what `memory_folder` may have named is taken from a run card, and ever deleted."""
     monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
