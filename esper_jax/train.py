@@ -223,6 +223,7 @@ def make_train(
     rules = {BASELINE: baselines.never()} | rules
     space, n_policies, paired = cfg.action_space, cfg.policy_seeds, cfg.reward.mode == "paired"
     n_features = observation.size(space)
+    decided = jnp.arange(cfg.training.epochs, dtype=jnp.int32) > 0  # rows that a decision began
 
     def rollout(dataset, run: RunState, key, who: Who, axis_name):
         def episode(which: Who):
@@ -272,7 +273,6 @@ def make_train(
     def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
-        decided = jnp.arange(cfg.training.epochs, dtype=jnp.int32) > 0  # rows that a decision began
         # the penalty of a rollback keeps its size whatever the other rewards are like
         fine = rows.info.components.death_penalty
         earned = jnp.where(decided, rows.reward - fine, 0.0)

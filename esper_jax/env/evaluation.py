@@ -21,6 +21,11 @@ from esper_jax.network import model as networks
 from esper_jax.network.model import Model
 from esper_jax.types import Array, SlotState, Stage
 
+# Examples that are evaluated at a time where a tile is as large as it can be. All of a split's at once would take the
+# memory of features of up to eight configurations of every environment of a chunk, 39 GB for 64 of them and 10,000
+# images; a GPU is busy with much less.
+LARGEST_TILE = 1_024
+
 
 @struct.dataclass
 class Evaluation:
@@ -58,9 +63,8 @@ def evaluate(
     """
     n_slots, size = state.stage.shape[0], inputs.shape[0]
     classes = model.host.n_outputs if labels.ndim == 1 else 0
-    n = size
-    if tile_pixels:
-        n = max(1, min(size, tile_pixels // model.host.positions(inputs.shape)))
+    n = tile_pixels // model.host.positions(inputs.shape) if tile_pixels else LARGEST_TILE
+    n = max(1, min(size, n))
     tiles = -(-size // n)
     # the last tile is filled up with copies of the last example, which weigh nothing
     index = np.arange(tiles * n).reshape(tiles, n)
@@ -72,21 +76,26 @@ def evaluate(
         position, count = networks.distinct_configurations(live)
         main, kept = count - 1, attribution.committed(position, fossil)
         rows = 2**n_slots
-        forward = lambda x, read: networks.forward_all_configurations(model, state, x, read, dtype=dtype)
+        forward = lambda x, *read: networks.forward_all_configurations(model, state, x, *read, dtype=dtype)
     else:
         on = jnp.concatenate([jnp.asarray(attribution.configurations(n_slots)), fossil[None]])
         main, rows = 0, on.shape[0]
         kept, position = rows - 1, jnp.arange(rows - 1, dtype=jnp.int32)
-        forward = lambda x, read: _forward_listed(model, state, x, read, on, live, dtype)
+        forward = lambda x, read, *operands: _forward_listed(
+            model, state, x, lambda logits: read(logits, *operands), on, live, dtype
+        )
 
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels  # in nats
+
+    def read(logits, label, weight):
+        return jnp.stack([top_1(logits, label), cross_entropy(logits, label)]) * weight[None]
 
     def step(sums, entry):
         rows_of_tile, weight = entry
         label = labels[rows_of_tile]
         weight = jnp.expand_dims(weight, tuple(range(1, label.ndim)))  # of an example, for each of its labels
-        read = lambda logits: jnp.stack([top_1(logits, label), cross_entropy(logits, label)]) * weight[None]
-        correct, nats = forward(prepare(inputs[rows_of_tile]), read).swapaxes(0, 1)  # each [rows, n, ...]
+        x = prepare(inputs[rows_of_tile])
+        correct, nats = forward(x, read, label, weight).swapaxes(0, 1)  # each [rows, n, ...]
         new = [each.sum(tuple(range(1, each.ndim))) for each in (correct, nats)]
         if classes:
             member = jax.nn.one_hot(label, classes, dtype=jnp.float32) * weight[:, None]

@@ -7,12 +7,13 @@ its own alpha. `Array` axes: T tiles, C channels, H W image, N images in a tile,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from esper_jax.config import AnyHostConfig, HostConfig, TransformerConfig
 from esper_jax.network import blend, cnn, seed_bank, transformer
@@ -145,17 +146,18 @@ def forward_all_configurations(
     model: Model,
     state: SlotState,
     x: Array,
-    measure: Callable[[Array], Array] = lambda logits: logits,
-    *,
+    measure: Callable[..., Array] = lambda logits: logits,
+    *operands: Any,
     dtype: str = "float32",
 ) -> Array:
     """Logits f32 `[B, ..., outputs]` of a batch, taken as one tile, under all different on/off patterns of the live
-    slots, or what `measure` makes of them: `[2^S, ...]`.
+    slots, or what `measure(logits, *operands)` makes of them: `[2^S, ...]`.
 
     Prefixes are shared: a segment runs once for every different pattern of the live slots before it, so three live
     slots cost 1 + 2 + 4 segments and one final read-out each, not 8 networks, and a host without live slots one pass.
     Rows beyond the number of different patterns are undefined; `distinct_configurations` says which row is which
-    pattern. `measure` sees one row at a time: 8 rows of logits over a vocabulary would not fit a cache.
+    pattern. `measure` sees one row at a time, since 8 rows of logits over a vocabulary would not fit a cache; the
+    arrays that it needs have to be its operands.
     """
     controls = blend.controls(state, model.kinds)
     live = live_slots(model, state)
@@ -164,29 +166,74 @@ def forward_all_configurations(
     features, count = model.host.embed(x, dtype=dtype, tile_pixels=0), jnp.int32(1)
 
     for segment in range(model.host.n_segments):
-        features = _map_first(lambda x, i=segment: model.host.eval_segment(i, x), features, count)
+        features = _map_first(lambda host, x, i=segment: host.eval_segment(i, x), model.host, features, count)
         if segment in slot_of_segment:
             s = slot_of_segment[segment]
             control = jax.tree.map(lambda leaf, s=s: leaf[s], controls)
             features = _split(model.seeds[s], control, live[s], features, count)
             count = jnp.where(live[s], 2 * count, count)
-    return _map_first(lambda x: measure(model.host.read_out(x)), features, count)
+    read = lambda given, x: measure(given[0].read_out(x), *given[1])
+    return _map_first(read, (model.host, operands), features, count)
 
 
-def _map_first(fun, xs: Array, count: Array) -> Array:
-    """`fun` of the first `count` rows of `xs`; the others stay undefined (zero)."""
-    shape = jax.eval_shape(fun, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
-    out = jnp.zeros((xs.shape[0], *shape.shape), shape.dtype)
-    return lax.fori_loop(0, count, lambda k, out: out.at[k].set(fun(xs[k])), out)
+def _map_first(fun: Callable[[Any, Array], Array], given: Any, xs: Array, count: Array) -> Array:
+    """`fun(given, x)` of the first `count` (at least one) rows x of `xs`; the others stay undefined.
+
+    Under vmap the first rows of all are computed together, then those that are left, from wherever they are.
+    """
+    most = xs.shape[0]
+
+    @custom_vmap
+    def run(given, xs, count):
+        shape = jax.eval_shape(fun, given, jax.ShapeDtypeStruct(xs.shape[1:], xs.dtype))
+        out = jnp.zeros((most, *shape.shape), shape.dtype)
+        return lax.fori_loop(0, count, lambda k, out: out.at[k].set(fun(given, xs[k])), out)
+
+    @run.def_vmap
+    def rule(size, batched, *operands):
+        given, xs, count = seed_bank.spread(size, tuple(batched), operands)
+        first = jax.vmap(fun)(given, xs[:, 0])
+        if most == 1:
+            return first[:, None], True
+        rows = xs.reshape(size * most, *xs.shape[2:])
+        number = jnp.arange(most)
+        order = jnp.argsort(~((number > 0) & (number < count[:, None])).ravel(), stable=True)
+        out = jnp.zeros((size, most, *first.shape[1:]), first.dtype).at[:, 0].set(first)
+        body = lambda at: jax.vmap(fun)(jax.tree.map(lambda leaf: leaf[at // most], given), rows[at])
+        out = seed_bank.in_blocks(body, out.reshape(size * most, *first.shape[1:]), order, 0, (count - 1).sum())
+        return out.reshape(size, most, *first.shape[1:]), True
+
+    return run(given, xs, count)
 
 
 def _split(seed: SeedVars, control: Controls, live: Array, features: Array, count: Array) -> Array:
-    """Rows k become rows 2k (slot off) and 2k + 1 (slot on) if the slot is live; `[K, ...]` to `[2K, ...]`."""
+    """Rows k become rows 2k (slot off) and 2k + 1 (slot on) if the slot is live; `[K, ...]` to `[2K, ...]`.
 
-    def both(k, out):
-        h = features[k]
-        on = blend.apply_slot(control, seed, h[None])[0]
-        return out.at[2 * k].set(h).at[2 * k + 1].set(on)
+    Under vmap the rows of all for which a seed has to run are one list of `blend.apply_slot`.
+    """
+    most = features.shape[0]
 
-    out = jnp.concatenate([features, jnp.zeros_like(features)])
-    return lax.fori_loop(0, jnp.where(live, count, 0), both, out)
+    @custom_vmap
+    def run(seed, control, live, features, count):
+        def both(k, out):
+            h = features[k]
+            on = blend.apply_slot(control, seed, h[None])[0]
+            return out.at[2 * k].set(h).at[2 * k + 1].set(on)
+
+        out = jnp.concatenate([features, jnp.zeros_like(features)])
+        return lax.fori_loop(0, jnp.where(live, count, 0), both, out)
+
+    @run.def_vmap
+    def rule(size, batched, *operands):
+        seed, control, live, features, count = seed_bank.spread(size, tuple(batched), operands)
+        each = lambda leaf: jnp.repeat(leaf, most, axis=0)
+        wanted = each(live) & (jnp.arange(most) < count[:, None]).ravel()
+        control = jax.tree.map(each, control)
+        control = control.replace(kind=jnp.where(wanted, control.kind, 0))
+        rows = features.reshape(size * most, 1, *features.shape[2:])
+        on = jax.vmap(blend.apply_slot)(control, jax.tree.map(each, seed), rows).reshape(features.shape)
+        apart = jnp.stack([features, on], axis=2).reshape(size, 2 * most, *features.shape[2:])
+        together = jnp.concatenate([features, features], axis=1)
+        return jnp.where(live.reshape(size, *[1] * (apart.ndim - 1)), apart, together), True
+
+    return run(seed, control, live, features, count)

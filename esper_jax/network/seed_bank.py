@@ -8,6 +8,7 @@ branch for every environment.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,17 +105,46 @@ def germinate(key: Array, kinds: tuple[Blueprint, ...], width: int, kind: Array)
 # --- dispatch --------------------------------------------------------------------------------------------------------
 
 
-def _capacities(size: int) -> list[int]:
-    """Sizes a group may be padded to. The last one holds everybody, so nothing is ever dropped."""
-    return sorted({0, *(max(1, size // part) for part in (8, 4, 2)), size})
+# Elements of a batch that are computed together, where only some of a batch are. On a CPU nothing is won by more than
+# one; a GPU needs a few to be busy, and what is missing to a full block is computed for nothing.
+BLOCKS = {"cpu": 1}
+BLOCK = 8
+
+
+def in_blocks(body: Callable, out: Any, order: Array, start: Array, count: Array) -> Any:
+    """Lets `body` replace some elements of the trees `out`, a block of them at a time.
+
+    Args:
+      body: (numbers i32[B] of elements) -> trees of new ones, `[B, ...]`.
+      order: i32[N] numbers of elements; those at `start` to `start + count` are meant. What `body` makes of others, to
+        fill up a block, is dropped.
+    """
+    size = order.shape[0]
+    block = min(size, BLOCKS.get(jax.default_backend(), BLOCK))
+    lane = jnp.arange(block, dtype=jnp.int32)
+
+    def step(number, out):
+        place = number * block + lane
+        rows = order[jnp.minimum(start + place, size - 1)]
+        target = jnp.where(place < count, rows, size)  # outside: dropped
+        put = lambda old, new: old.at[target].set(new, mode="drop")
+        return jax.tree.map(put, out, body(rows))
+
+    return lax.fori_loop(0, -(-count // block), step, out)
+
+
+def spread(size: int, batched: Any, operands: Any) -> Any:
+    """Operands of a batching rule, all with the leading axis [size]."""
+    to_all = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
+    return jax.tree.map(to_all, operands, batched)
 
 
 def switch(branches: Sequence[Callable]) -> Callable:
     """`run(index, *operands) = branches[index](*operands)`, sparse under vmap; not differentiable by itself.
 
-    One at a time it is `lax.switch`. Under vmap the elements are sorted by branch, and each branch runs once on its
-    group, padded to a capacity that a real `lax.switch` picks from the group's size; absent branches do not run.
-    Branches must return arrays of one structure, shape and dtype.
+    One at a time it is `lax.switch`. Under vmap the first branch, which should be cheap, is run for all elements; these
+    are sorted by branch, and each other one runs on its own in blocks, absent ones not at all. So every branch is
+    compiled once. Branches must return arrays of one structure, shape and dtype.
     """
 
     @custom_vmap
@@ -123,32 +153,14 @@ def switch(branches: Sequence[Callable]) -> Callable:
 
     @run.def_vmap
     def rule(size, batched, index, *operands):
-        index_batched, *operand_batched = batched
-        spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
-        operands = jax.tree.map(spread, tuple(operands), tuple(operand_batched))
-        index = spread(index, index_batched)
+        index, *operands = spread(size, tuple(batched), (index, *operands))
         order = jnp.argsort(index, stable=True)
         counts = jnp.bincount(index, length=len(branches))
         starts = jnp.cumsum(counts) - counts
-        capacities = _capacities(size)
-        shapes = jax.eval_shape(jax.vmap(branches[0]), *operands)
-        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-        def run_group(branch, count, start, capacity):
-            def body(out):
-                if capacity == 0:
-                    return out
-                lane = jnp.arange(capacity, dtype=jnp.int32)
-                rows = order[jnp.minimum(start + lane, size - 1)]
-                result = jax.vmap(branch)(*jax.tree.map(lambda leaf: leaf[rows], operands))
-                target = jnp.where(lane < count, rows, size)  # padding lanes point outside and are dropped
-                return jax.tree.map(lambda old, new: old.at[target].set(new, mode="drop"), out, result)
-
-            return body
-
-        for branch, count, start in zip(branches, counts, starts, strict=True):
-            tier = jnp.searchsorted(jnp.array(capacities), count)
-            out = lax.switch(tier, [run_group(branch, count, start, c) for c in capacities], out)
+        out = jax.vmap(branches[0])(*operands)
+        for branch, count, start in zip(branches[1:], counts[1:], starts[1:], strict=True):
+            body = lambda rows, branch=branch: jax.vmap(branch)(*jax.tree.map(lambda leaf: leaf[rows], operands))
+            out = in_blocks(body, out, order, start, count)
         return out, jax.tree.map(lambda _: True, out)
 
     return run

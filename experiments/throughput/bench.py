@@ -158,6 +158,7 @@ class Size:
     growth_envs: int
     growth_batches: int
     evaluation_envs: int
+    batched: int  # environments in a chunk of the batched table
     slot_counts: tuple[int, ...]  # S of the evaluation table
     matrix: int  # side of the measured matrix product
     copied: int  # elements of the measured copy

@@ -10,6 +10,7 @@
     incumbent    the same host in a plain PyTorch loop, where torch is installed
     precision    what hosts learn in bfloat16, minus what the same hosts learn in float32
     text         language models: training against PyTorch, cost of growth, all configurations
+    batched      environments in chunks against one at a time: evaluation, training, compile time, memory
 
 What is compared runs alternately (A B A B ...) and a ratio is taken within each pair, so that a machine that slows
 down slows both. `spread` is the distance between the quartiles, `n` the number of runs. Images and labels are random
@@ -120,7 +121,7 @@ SIZES = {
     "cpu": Size(
         cfg=Config(data=DataConfig(), n_envs=8, report_envs=8), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64), largest_epoch=4, chunks=(1, 4), images_per_run=16_384,
-        growth_envs=4, growth_batches=6, evaluation_envs=2, slot_counts=(1, 2, 3, 4),
+        growth_envs=4, growth_batches=6, evaluation_envs=2, batched=16, slot_counts=(1, 2, 3, 4),
         matrix=1024, copied=2**25,
         text={"width_32": _language_model(32, 64, 16), "width_128": _language_model(128, 64, 16)},
         learning=_learning(presets.get("quick", "digits")), repeats=7, seconds=20,
@@ -128,7 +129,7 @@ SIZES = {
     "gpu": Size(
         cfg=presets.get("full", "cifar10").replace(n_envs=64, report_envs=64), image_size=32, train_images=47_500,
         populations=(1, 4, 16, 64, 256, 1024), largest_epoch=1024, chunks=(16, 64, 256), images_per_run=2**21,
-        growth_envs=64, growth_batches=24, evaluation_envs=8, slot_counts=(1, 2, 3, 4),
+        growth_envs=64, growth_batches=24, evaluation_envs=8, batched=64, slot_counts=(1, 2, 3, 4),
         matrix=8192, copied=2**28,
         text={"width_384": _language_model(384, 256, 32)},
         learning=_learning(presets.get("full", "shapes")), repeats=7, seconds=30,
@@ -137,7 +138,7 @@ SIZES = {
     "tiny": Size(
         cfg=_TINY,
         image_size=8, train_images=64, populations=(1, 4), largest_epoch=4, chunks=(1,), images_per_run=64,
-        growth_envs=4, growth_batches=2, evaluation_envs=2, slot_counts=(1, 2),
+        growth_envs=4, growth_batches=2, evaluation_envs=2, batched=2, slot_counts=(1, 2),
         matrix=64, copied=1024,
         text={"width_8": _language_model(8, 8, 2)},
         learning=_learning(_TINY.replace(data=_FEW_DIGITS)),
@@ -289,6 +290,49 @@ def _evaluation_rows(
     yield emit(f"S{n_slots}_forward_{what}_per_s", envs * labels.size / times["forward"], f"{what}/s")
     for name in ("fused", "vmapped", "loop"):
         yield emit(f"{name}_{2**n_slots}_over_forward", times[name] / times["forward"], "ratio")
+
+
+def batched_table(bench: Bench) -> Iterator[Row]:
+    """Environments in chunks against one at a time, for 8x8 images, by what has grown in them: evaluation of all
+    configurations, and training.
+
+    `mixed` has random seeds at random stages, `one` grown network in a chunk of empty ones is what a rule for
+    batching must not charge to all, `all` have three blending seeds.
+    """
+    emit = functools.partial(row, "batched")
+    chunk, envs = bench.size.batched, bench.size.batched * jax.device_count()
+    cfg = bench.cfg.replace(**{"lifecycle.blueprints": ("norm", "conv_light", "attention"), "training.batch_size": 64})
+    small = dataclasses.replace(bench, cfg=cfg, dataset=random_dataset(8, 512, 512))
+    full, none = uniform(small, envs, "conv_light", len(cfg.host.slot_names)), empty(small, envs)
+    lead = lambda leaf, other: jnp.concatenate([leaf[:1], other[1:]])
+    populations = {"empty": none, "one": jax.tree.map(lead, full, none), "mixed": mixture(small, envs), "all": full}
+
+    def evaluate(dataset, models, records, axis_name, chunk):
+        split, t = dataset.validation, cfg.training
+        how = {"metric": dataset.metric(split), "tile_pixels": t.tile_pixels, "dtype": t.compute_dtype}
+        one = lambda env: evaluation.evaluate(*env, split.inputs, split.labels, dataset.prepare, **how)
+        return over_environments(one, (models, records), chunk)
+
+    indices = small.indices(envs, bench.size.growth_batches, cfg.training.batch_size)
+    for what in ("evaluation", "training"):
+        programs, runs = {}, {}
+        for size in (1, chunk):
+            if what == "evaluation":
+                args = lambda states: (small.dataset, states.model, states.slots)
+                body = functools.partial(evaluate, chunk=size)
+                programs[size] = build(body, small.n_devices(envs), (REPLICATED, SHARDED, SHARDED), *args(none))
+            else:
+                args = lambda states: (small.dataset, states.model, states.optimiser, states.slots, indices)
+                programs[size] = train_program(small, args(none), size, cfg.training)
+            yield emit(f"{what}_compile_chunk_{size}", programs[size].seconds, "s")
+            yield emit(f"{what}_memory_chunk_{size}", programs[size].mebibytes, "MiB (on each device)")
+            runs |= {(kind, size): programs[size].bind(*args(states)) for kind, states in populations.items()}
+        times = bench.measure(runs)
+        for kind in populations:
+            for size in (1, chunk):
+                emit_ms = 1e3 * times[kind, size] / envs * jax.device_count()
+                yield emit(f"{what}_{kind}_chunk_{size}", emit_ms, "ms per environment and device")
+            yield emit(f"{what}_{kind}_over_one_at_a_time", times[kind, chunk] / times[kind, 1], "ratio")
 
 
 def text_table(bench: Bench) -> Iterator[Row]:
@@ -592,6 +636,7 @@ TABLES = {
     "incumbent": incumbent_table,
     "precision": precision_table,
     "text": text_table,
+    "batched": batched_table,
 }
 
 
@@ -622,7 +667,10 @@ def main(
     preset: Literal["cpu", "gpu", "tiny"] | None = None,
     out: Path | None = None,
     tables: tuple[
-        Literal["population", "growth", "evaluation", "learner", "roofline", "incumbent", "precision", "text"], ...
+        Literal[
+            "population", "growth", "evaluation", "learner", "roofline", "incumbent", "precision", "text", "batched"
+        ],
+        ...,
     ] = (),
     repeats: int | None = None,
 ) -> None:

@@ -95,9 +95,16 @@ def _loss(run):
     return lambda index, a, x: jnp.sum(jnp.cos(run(index, a, x)))
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Values and gradients of ten elements, under `vmap` here and one at a time by the library."""
+@pytest.fixture(scope="module", params=[1, 4])
+def compiled(request):
+    """Values and gradients of ten elements, under `vmap` here, one or four in a block, and one at a time by the
+    library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(seed_bank.BLOCKS, "cpu", request.param)
+        yield _compiled()
+
+
+def _compiled():
     values = jax.vmap(ours)
     gradient = lambda run: jax.value_and_grad(_loss(run), argnums=(1, 2))
     return {
@@ -112,9 +119,9 @@ def compiled():
     "index",
     [
         [0, 1, 2, 3, 0, 1, 2, 3, 0, 1],
-        [2] * 10,  # one branch takes everybody: the tier of the whole batch
+        [2] * 10,  # one branch takes everybody
         [3, 0, 0, 0, 0, 0, 0, 0, 0, 3],  # 2 and 8 of 10, two branches absent
-        [1, 3, 3, 1, 3, 3, 3, 1, 3, 1],  # exactly the tiers' neighbours: 4 and 6 (tiers 1, 2, 5, 10)
+        [1, 3, 3, 1, 3, 3, 3, 1, 3, 1],  # a whole block of four, and one and a half
     ],
 )
 def test_switch_batched(compiled, index):
@@ -144,8 +151,11 @@ def test_unbatched_index_and_operands_are_spread():
     np.testing.assert_array_equal(got, x * x + 0.5)
 
 
-def test_absent_branches_do_not_run():
-    """Callbacks count the runs of each branch, padding included: a group is padded to the next tier of 1, 2, 4, 8."""
+@pytest.mark.parametrize(("block", "runs_of_2"), [(1, 6), (4, 8), (8, 8)])
+def test_absent_branches_do_not_run(monkeypatch, block, runs_of_2):
+    """Callbacks count the runs of each branch: the first one for all 8, the third for its 6 elements in whole blocks
+    (of four: two of them), and the others not at all."""
+    monkeypatch.setitem(seed_bank.BLOCKS, "cpu", block)
     runs = collections.Counter()
 
     def counting(number):
@@ -161,9 +171,18 @@ def test_absent_branches_do_not_run():
     run = jax.jit(jax.vmap(seed_bank.switch([counting(number) for number in range(4)])))
     out = run(jnp.array([2, 0, 2, 2, 0, 2, 2, 2]), jnp.zeros(8))
     np.testing.assert_array_equal(out, [2, 0, 2, 2, 0, 2, 2, 2])
-    assert runs == {0: 2, 2: 8}  # two zeros fit tier 2; six twos take tier 8; one and three do not run
+    assert runs == {0: 8, 2: runs_of_2}
 
 
-def test_capacities():
-    assert seed_bank._capacities(16) == [0, 2, 4, 8, 16]
-    assert seed_bank._capacities(1) == [0, 1]
+def test_a_gpu_computes_several_at_a_time(monkeypatch):
+    """Loops of blocks are as long as they have to be: 6 elements are one block of 8, or six of one."""
+    lengths = []
+    monkeypatch.setitem(seed_bank.BLOCKS, "cpu", 1)
+    body = lambda rows: lengths.append(rows.shape[0]) or jnp.ones(rows.shape[0])
+    for backend, block in (("cpu", 1), ("gpu", 8), ("tpu", 8)):
+        monkeypatch.setattr(seed_bank.jax, "default_backend", lambda backend=backend: backend)
+        out = seed_bank.in_blocks(body, jnp.zeros(20), jnp.arange(20)[::-1], jnp.int32(3), jnp.int32(6))
+        # from the end: the fourth last to the ninth last
+        np.testing.assert_array_equal(np.flatnonzero(out), range(11, 17))
+        assert set(lengths) == {block}
+        lengths.clear()
