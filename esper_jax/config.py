@@ -334,7 +334,8 @@ class TrainingConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of convolutions and features; parameters, statistics and losses stay float32"""
     tile_pixels: int = number(32_768, low=0)
-    """images are processed together up to so many pixels, to fit a CPU's cache; 0 takes the whole batch (GPU)"""
+    """images are processed together up to so many pixels, to fit a CPU's cache; 0 takes the whole batch, and 1,024
+    examples of an evaluation (GPU)"""
 
     def __post_init__(self):
         _check(self)

@@ -142,6 +142,7 @@ class Programs(NamedTuple):
 
     rollout: Callable  # (dataset, RunState, key, who: Who [G, E]) -> (Rollout, Grown [G, E])
     pay: Callable  # (Hypers, policies [G, E], Course, twin's losses [G, E, T]) -> RewardComponents
+    gather: Callable  # Rollout -> the same on every device
     learn: Callable  # (keys [P], RunState, Rollout of a round) -> (RunState, Rollout of the policies, metrics [P])
     report: Callable  # (dataset, Grown [G, E]) -> (Evaluation, text)
     start: Callable  # (key, Hypers | None) -> RunState, not yet on every device
@@ -270,14 +271,14 @@ def make_train(
 
         return jax.vmap(jax.vmap(one))(policies, course, twin_loss)
 
-    def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout, axis_name):
+    def learn_one(key, hypers: Hypers, learner, observations, returns, rows: Rollout):
         """One policy's update from rows [E, T, ...]. A round's rewards count for their own unit."""
         clip = cfg.reward.clip
         # the penalty of a rollback keeps its size whatever the other rewards are like
         fine = rows.info.components.death_penalty
         earned = jnp.where(decided, rows.reward - fine, 0.0)
         sums = jax.vmap(partial(ppo.discounted_sums, gamma=hypers.ppo.gamma))(earned, rows.terminal)
-        returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1), axis_name=axis_name)
+        returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1))
         scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
         trajectory = ppo.Trajectory(
             features=normalizers.normalise(observations, rows.features),
@@ -291,14 +292,12 @@ def make_train(
             reset=rows.reset,
         )
         trajectory = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trajectory)
-        learner, metrics = ppo.update(
-            key, learner, trajectory, cfg=cfg.ppo, space=space, hypers=hypers.ppo, axis_name=axis_name
-        )
+        learner, metrics = ppo.update(key, learner, trajectory, cfg=cfg.ppo, space=space, hypers=hypers.ppo)
         seen = rows.features[:, 1:].reshape(-1, n_features)
-        observations = normalizers.update(observations, seen, axis_name=axis_name)
+        observations = normalizers.update(observations, seen)
         return learner, observations, returns, metrics | {"return_scale": scale}
 
-    def learn(keys, run: RunState, rows: Rollout, axis_name):
+    def learn(keys, run: RunState, rows: Rollout):
         played = jax.tree.map(lambda leaf: leaf[:n_policies], rows)
         if paired:
             policies = jnp.broadcast_to(jnp.arange(n_policies, dtype=jnp.int32)[:, None], played.reward.shape[:2])
@@ -306,7 +305,7 @@ def make_train(
             twin_loss = jnp.broadcast_to(jax.vmap(reward.last_accepted)(*twin), played.reward.shape)
             played = paid(played, pay(run.hypers, policies, reward.Course.of(played.info), twin_loss))
         each = (keys, run.hypers, run.learner, run.observations, run.returns, played)
-        learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x, axis_name=axis_name), each)
+        learner, observations, returns, metrics = lax.map(lambda x: learn_one(*x), each)
         return RunState(run.round + 1, run.hypers, learner, observations, returns), played, metrics
 
     def report(dataset, grown, axis_name):
@@ -341,7 +340,8 @@ def make_train(
     programs = Programs(
         rollout=devices.over_devices(rollout, mesh, (*[REPLICATED] * 3, SHARDED), SHARDED),
         pay=devices.over_devices(pay, mesh, (REPLICATED, SHARDED, SHARDED, SHARDED), SHARDED),
-        learn=devices.over_devices(learn, mesh, (REPLICATED, REPLICATED, SHARDED), (REPLICATED, SHARDED, REPLICATED)),
+        gather=devices.gathered(mesh),
+        learn=jax.jit(learn),
         report=devices.over_devices(report, mesh, (REPLICATED, SHARDED), SHARDED),
         start=jax.jit(start),
         keys=jax.jit(keys),
@@ -355,7 +355,7 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     Args:
       names: of the controllers, in the order of their numbers.
     """
-    rollout, pay, learn, report, start, keys = programs
+    rollout, pay, gather, learn, report, start, keys = programs
     mesh = devices.make_mesh(cfg.devices)
     paired, everyone = cfg.reward.mode == "paired", round_of(cfg, names)
 
@@ -365,8 +365,9 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
         env_key, learn_keys = devices.replicate(keys(key, run.round), mesh)
         rows, _ = rollout(dataset, run, env_key, everyone)
-        run, rows, metrics = learn(learn_keys, run, rows)
-        return run, Metrics(rows, metrics)
+        # one device learns from all episodes, so that the number of devices changes nothing, not a bit
+        run, rows, metrics = learn(*devices.on_one((learn_keys, run, gather(rows))))
+        return devices.replicate(run, mesh), Metrics(rows, metrics)
 
     def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
         """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them.

@@ -19,8 +19,7 @@ BESIDE = {  # stand in the order next to each other, but know nothing of each ot
     "lifecycle": ("data", "network"),
 }
 UPWARD = {  # what is allowed against the order: how work is spread over devices
-    "control": {"esper_jax.run.devices.mean_over_devices"},
-    "train": {f"esper_jax.run.devices{name}" for name in ("", ".REPLICATED", ".SHARDED", ".mean_over_devices")},
+    "train": {f"esper_jax.run.devices{name}" for name in ("", ".REPLICATED", ".SHARDED")},
 }
 
 

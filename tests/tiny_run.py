@@ -19,14 +19,13 @@ from esper_jax.metric import ACCURACY
 from esper_jax.run import compilation, records
 from esper_jax.train import Train
 
-# One minibatch: how environments are put together into several depends on the number of devices.
 CONFIG = tiny.CONFIG.replace(
     n_envs=8,
     policy_seeds=2,
     report_envs=8,
     rounds=2,
     devices=1,
-    ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=1, anneal_rounds=4),
+    ppo=PPOConfig(hidden_size=8, epochs=2, minibatches=2, anneal_rounds=4),
     **{"training.epochs": 12},
 )
 # a function: a controller is made of arrays, and a process that imports this may have its devices still to choose

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
-from esper_jax.run.devices import mean_over_devices
 from esper_jax.types import Array
 
 EPS = 1e-4  # added to the variance
@@ -28,22 +26,19 @@ def init(size: int) -> RunningStatistics:
     return RunningStatistics(jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), jnp.float32(INITIAL_COUNT))
 
 
-def update(state: RunningStatistics, batch: Array, *, axis_name: str | None = None) -> RunningStatistics:
+def update(state: RunningStatistics, batch: Array) -> RunningStatistics:
     """Take in a batch f32[N, D]; every row ever seen weighs alike (Chan, Golub and LeVeque, 1979).
 
     A row with an entry that is not finite counts for nothing: it would make the statistics so for ever.
-
-    Args:
-      axis_name: mapped axis of devices with a batch of equal size each; all end with the statistics of the union.
     """
     finite = jnp.isfinite(batch).reshape(batch.shape[0], -1).all(1)
     counted = jnp.expand_dims(finite, tuple(range(1, batch.ndim)))
-    share = mean_over_devices(jnp.mean(finite.astype(jnp.float32)), axis_name)
+    share = jnp.mean(finite.astype(jnp.float32))
     divisor = jnp.where(share > 0, share, 1)
-    average = lambda x: mean_over_devices(jnp.mean(jnp.where(counted, x, 0), axis=0), axis_name) / divisor
+    average = lambda x: jnp.mean(jnp.where(counted, x, 0), axis=0) / divisor
     mean = average(batch)
     var = average(jnp.square(batch - mean[None]))
-    rows = share * (batch.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name)))
+    rows = share * batch.shape[0]
     count = state.count + rows
     keep, take = state.count / count, rows / count
     delta = mean - state.mean

@@ -16,7 +16,6 @@ from flax import struct
 
 from esper_jax.config import PPOConfig
 from esper_jax.control import policy
-from esper_jax.run.devices import mean_over_devices
 from esper_jax.trees import select
 from esper_jax.types import HEADS, Action, ActionSpace, Array, Masks, Op
 
@@ -151,27 +150,24 @@ def discounted_sums(rewards: Array, terminals: Array, *, gamma: Array | float) -
     return jax.lax.scan(step, jnp.float32(0), (rewards, terminals))[1]
 
 
-def _mean(x: Array, where: Array, axis_name: str | None) -> Array:
-    """Mean over the chosen entries of all devices, 0 without any, once averaged over the devices.
-
-    Only the number of entries is exchanged here, so it can be differentiated on each device alone.
-    """
-    count = mean_over_devices(jnp.sum(where, dtype=jnp.float32), axis_name)
+def _mean(x: Array, where: Array) -> Array:
+    """Mean over the chosen entries, 0 without any."""
+    count = jnp.sum(where, dtype=jnp.float32)
     return jnp.sum(jnp.where(where, x.astype(jnp.float32), 0.0)) / jnp.where(count > 0, count, 1.0)
 
 
-def _moments(x: Array, where: Array, axis_name: str | None) -> tuple[Array, Array]:
-    """Mean and population variance over the chosen entries of all devices."""
-    mean = mean_over_devices(_mean(x, where, axis_name), axis_name)
-    return mean, mean_over_devices(_mean(jnp.square(x - mean), where, axis_name), axis_name)
+def _moments(x: Array, where: Array) -> tuple[Array, Array]:
+    """Mean and population variance over the chosen entries."""
+    mean = _mean(x, where)
+    return mean, _mean(jnp.square(x - mean), where)
 
 
-def normalise_advantages(advantages: Array, valid: Array, *, std_floor: float, axis_name: str | None = None) -> Array:
-    """`(a - mean) / max(std, std_floor)` over the valid entries of all devices; 0 elsewhere. Any shape.
+def normalise_advantages(advantages: Array, valid: Array, *, std_floor: float) -> Array:
+    """`(a - mean) / max(std, std_floor)` over the valid entries; 0 elsewhere. Any shape.
 
     The floor keeps a batch in which nothing happened from turning rounding noise into unit advantages.
     """
-    mean, var = _moments(advantages, valid, axis_name)
+    mean, var = _moments(advantages, valid)
     return jnp.where(valid, (advantages - mean) / jnp.maximum(jnp.sqrt(var), std_floor), 0.0)
 
 
@@ -181,7 +177,6 @@ def make_batch(
     *,
     cfg: PPOConfig,
     hypers: Hypers | None = None,
-    axis_name: str | None = None,
 ) -> Batch:
     """Advantages and returns of a trajectory; `bootstrap` f32[E] as in `gae`, None for episodes that all ended."""
     rows, gamma, lam = trajectory, (hypers or cfg).gamma, (hypers or cfg).gae_lambda
@@ -192,19 +187,19 @@ def make_batch(
 
     over_envs = jax.vmap(one, in_axes=(1, 1, 0, 1, 1), out_axes=1)
     advantages, returns = over_envs(rows.reward, rows.value, bootstrap, rows.terminal, rows.valid)
-    advantages = normalise_advantages(advantages, rows.valid, std_floor=cfg.advantage_std_floor, axis_name=axis_name)
+    advantages = normalise_advantages(advantages, rows.valid, std_floor=cfg.advantage_std_floor)
     return Batch(trajectory=rows, advantage=advantages, returns=returns)
 
 
-def explained_variance(batch: Batch, *, cfg: PPOConfig, axis_name: str | None = None) -> Array:
+def explained_variance(batch: Batch, *, cfg: PPOConfig) -> Array:
     """`1 - var(returns - values) / var(returns)` of the rollout's values; f32[], at most 1.
 
     The denominator is not taken below `advantage_std_floor` squared, so returns that hardly differ give no huge number.
     """
     rows = batch.trajectory
     error = batch.returns - jnp.where(rows.valid, rows.value, 0.0)
-    _, residual = _moments(error, rows.valid, axis_name)
-    _, total = _moments(batch.returns, rows.valid, axis_name)
+    _, residual = _moments(error, rows.valid)
+    _, total = _moments(batch.returns, rows.valid)
     return 1.0 - residual / jnp.maximum(total, cfg.advantage_std_floor**2)
 
 
@@ -225,14 +220,11 @@ def loss(
     space: ActionSpace,
     entropy_coef: Array | float,
     hypers: Hypers | None = None,
-    axis_name: str | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Clipped surrogate + `value_coef` * half squared error of the value - `entropy_coef` * entropy.
 
     Policy and entropy are means over the valid rows in which anything but WAIT was legal, the value's error over all
     valid rows. The entropy of a row is the mean over its relevant heads, each over the log of its number of choices.
-
-    With `axis_name`, loss, metrics and gradients are those of the union of the devices once averaged over them.
 
     Returns:
       the loss f32[], and f32[] metrics: loss, policy_loss, value_loss, entropy, op_entropy, approx_kl, clip_fraction,
@@ -249,19 +241,19 @@ def loss(
     clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
 
-    policy_loss = -_mean(surrogate, decided, axis_name)
-    value_loss = 0.5 * _mean(jnp.square(values - batch.returns), rows.valid, axis_name)
-    entropy = _mean(evaluation.entropy, decided, axis_name)
+    policy_loss = -_mean(surrogate, decided)
+    value_loss = 0.5 * _mean(jnp.square(values - batch.returns), rows.valid)
+    entropy = _mean(evaluation.entropy, decided)
     total = policy_loss + cfg.value_coef * value_loss - entropy_coef * entropy
     metrics = {
         "loss": total,
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
-        "op_entropy": _mean(evaluation.head_entropy[..., HEADS.index("op")], decided, axis_name),
-        "approx_kl": _mean(ratio - 1.0 - log_ratio, decided, axis_name),
-        "clip_fraction": _mean(jnp.abs(ratio - 1.0) > clip_ratio, decided, axis_name),
-        "ratio_mean": _mean(ratio, decided, axis_name),
+        "op_entropy": _mean(evaluation.head_entropy[..., HEADS.index("op")], decided),
+        "approx_kl": _mean(ratio - 1.0 - log_ratio, decided),
+        "clip_fraction": _mean(jnp.abs(ratio - 1.0) > clip_ratio, decided),
+        "ratio_mean": _mean(ratio, decided),
         "ratio_max": jnp.max(ratio),
         "ratio_error": jnp.max(jnp.abs(ratio - 1.0)),
     }
@@ -277,7 +269,6 @@ def update(
     cfg: PPOConfig,
     space: ActionSpace,
     hypers: Hypers | None = None,
-    axis_name: str | None = None,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """`cfg.epochs` passes over `cfg.minibatches` minibatches of environments, drawn anew in each pass.
 
@@ -287,12 +278,10 @@ def update(
     Args:
       bootstrap: f32[E], see `make_batch`.
       hypers: by default those of `cfg`.
-      axis_name: mapped axis of devices, each with environments of its own and the same key and learner; gradients are
-        averaged over it before the optimiser, so all end with the same learner.
 
     Returns:
       the learner, and the metrics of `loss` averaged over the minibatches that were reached and finite (ratio_max is
-      their largest; over several devices, the mean of each device's), with grad_norm (before clipping), entropy_coef,
+      their largest), with grad_norm (before clipping), entropy_coef,
       explained_variance (before the update), updates_done and nonfinite_updates (i32[]). ratio_error is that of the
       first minibatch alone: more than rounding there means that the policy acted on other features, masks or states
       than those that are stored.
@@ -304,10 +293,10 @@ def update(
     if n_envs % cfg.minibatches:
         raise ValueError(f"{n_envs} environments cannot be split into {cfg.minibatches} equal minibatches")
     hypers = Hypers.from_config(cfg) if hypers is None else hypers
-    batch = make_batch(trajectory, bootstrap, cfg=cfg, hypers=hypers, axis_name=axis_name)
+    batch = make_batch(trajectory, bootstrap, cfg=cfg, hypers=hypers)
     coef = entropy_coef(learner.updates, cfg, hypers)
     transform = optimiser(cfg)
-    objective = partial(loss, cfg=cfg, space=space, entropy_coef=coef, hypers=hypers, axis_name=axis_name)
+    objective = partial(loss, cfg=cfg, space=space, entropy_coef=coef, hypers=hypers)
     gradient = jax.grad(objective, has_aux=True)
 
     def minibatch_step(state: tuple[Any, Any, Array], envs: Array) -> tuple[tuple[Any, Any, Array], dict[str, Array]]:
@@ -315,7 +304,6 @@ def update(
         reached = ~stopped
         part = jax.tree.map(lambda x: jnp.take(x, envs, axis=1), batch)
         grads, metrics = gradient(params, part)
-        grads, metrics = mean_over_devices((grads, metrics), axis_name)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
         if cfg.target_kl is not None:
@@ -335,12 +323,12 @@ def update(
     (params, opt_state, _), history = jax.lax.scan(minibatch_step, start, minibatches)
 
     counts, taken, nonfinite = (history.pop(name) for name in ("counts", "taken", "nonfinite"))
-    metrics = {name: _mean(x, counts, None) for name, x in history.items()}
+    metrics = {name: _mean(x, counts) for name, x in history.items()}
     metrics |= {
         "ratio_max": jnp.max(jnp.where(counts, history["ratio_max"], 0.0)),
         "ratio_error": jnp.where(counts[0], history["ratio_error"][0], 0.0),
         "entropy_coef": coef,
-        "explained_variance": explained_variance(batch, cfg=cfg, axis_name=axis_name),
+        "explained_variance": explained_variance(batch, cfg=cfg),
         "updates_done": jnp.sum(taken, dtype=jnp.int32),
         "nonfinite_updates": jnp.sum(nonfinite, dtype=jnp.int32),
     }

@@ -38,7 +38,7 @@ def spread(cfg: Config) -> Config:
     """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
 
     def even(n: int) -> bool:
-        return cfg.n_envs % (n * cfg.env_chunk) == 0 and cfg.n_envs % (n * cfg.ppo.minibatches) == 0
+        return cfg.n_envs % (n * cfg.env_chunk) == 0
 
     most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
     return cfg if cfg.devices else cfg.replace(devices=most)
@@ -147,7 +147,8 @@ def compile_ahead(
         "rollout": lambda: train.programs.rollout.lower(*episodes),
     }
     if cfg.rounds:
-        lower["learn"] = lambda: train.programs.learn.lower(keys[1], run, results()[0])
+        lower["gather"] = lambda: train.programs.gather.lower(results()[0])
+        lower["learn"] = lambda: train.programs.learn.lower(*_placed((keys[1], run, results()[0]), devices.alone(mesh)))
     lower["report"] = lambda: train.programs.report.lower(train.dataset, results()[1])
     if cfg.reward.mode == "paired":
         policies = jax.ShapeDtypeStruct(everyone.policy.shape, everyone.policy.dtype, sharding=split_over_devices)
@@ -172,7 +173,7 @@ def compile_ahead(
     def call(name: str) -> Callable:
         return lambda *args: programs[name].result()(*args)
 
-    compiled = {name: call(name) for name in ("rollout", "pay", "learn", "report", "keys")}
+    compiled = {name: call(name) for name in ("rollout", "pay", "gather", "learn", "report", "keys")}
     return bind(cfg, train.dataset, train.controllers, train.programs._replace(**compiled))
 
 

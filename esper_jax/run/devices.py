@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from esper_jax.config import Config
 
@@ -126,22 +126,18 @@ def make_mesh(devices: int) -> Mesh:
 
 
 def check_divides(mesh: Mesh, cfg: Config) -> None:
-    """Raises ValueError unless every device gets the same number of environments, of whole chunks and minibatches."""
-    for part, size in (("env_chunk", cfg.env_chunk), ("ppo.minibatches", cfg.ppo.minibatches)):
-        if cfg.n_envs % (mesh.size * size):
-            raise ValueError(
-                f"{type(cfg).__name__}.n_envs = {cfg.n_envs}: must be a multiple of {mesh.size * size} ({mesh.size} "
-                f"devices times {part} = {size})"
-            )
+    """Raises ValueError unless every device gets the same number of environments, in whole chunks."""
+    least, name = mesh.size * cfg.env_chunk, type(cfg).__name__
+    if cfg.n_envs % least:
+        devices = f"{mesh.size} devices times env_chunk = {cfg.env_chunk}"
+        raise ValueError(f"{name}.n_envs = {cfg.n_envs}: must be a multiple of {least} ({devices})")
 
 
 def over_devices(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`body(..., axis_name=)` compiled for the mesh: each device runs it on its share of the environments.
 
     On one device `axis_name` is None and the program has no collective in it. Otherwise it is `shard_map` without
-    replication checks: those would make the gradient of a replicated argument arrive summed over the devices, and a
-    `pmean` of it then too large by their number, silently. So gradients are averaged explicitly and never taken through
-    a collective.
+    replication checks: those would make the gradient of a replicated argument arrive summed over the devices.
     """
     if mesh.size == 1:
         return jax.jit(lambda *args: body(*args, axis_name=None))
@@ -164,6 +160,16 @@ def split(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, SHARDED))
 
 
-def mean_over_devices(tree: Any, axis_name: str | None) -> Any:
-    """Mean of every leaf over the devices of a mapped axis; the tree itself when there is none (`axis_name` None)."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+def gathered(mesh: Mesh) -> Callable:
+    """A compiled function that puts all of a tree, however it is split, on every device."""
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, REPLICATED))
+
+
+def alone(mesh: Mesh) -> SingleDeviceSharding:
+    """Placement on the first device of this process alone."""
+    return SingleDeviceSharding(mesh.local_devices[0])
+
+
+def on_one(tree: Any) -> Any:
+    """A tree that is on every device, on the first one of this process alone."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

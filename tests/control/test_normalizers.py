@@ -1,13 +1,9 @@
 """Running statistics: hand-worked values, agreement with one pass over everything, and with several devices."""
 
-import functools
-
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from esper_jax.control import normalizers as N
 
@@ -25,16 +21,6 @@ def test_equal_weights_agree_with_one_pass(sizes):
     drag = 1e-4 / len(everything) * everything.mean(0) ** 2
     np.testing.assert_allclose(state.var, everything.var(0) + drag, rtol=1e-3)
     assert state.count == pytest.approx(len(everything), abs=1e-2)
-
-
-def test_devices_share_their_statistics():
-    batch = jnp.asarray(np.random.default_rng(1).normal(5, 3, (8, 3)), jnp.float32)
-    start = N.update(N.init(3), batch[:3] - 2)
-    alone = N.update(start, batch)
-    mesh = jax.make_mesh((4,), ("env",), axis_types=(jax.sharding.AxisType.Auto,))
-    update = functools.partial(N.update, axis_name="env")
-    shared = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(P(), P("env")), out_specs=P(), check_vma=False))
-    chex.assert_trees_all_close(shared(start, batch), alone, rtol=1e-5)
 
 
 def test_states_are_float32():

@@ -305,20 +305,6 @@ def test_divergence_ends_the_update(stopped):
     assert metrics["nonfinite_updates"] == 0 and after.updates == 1
 
 
-def test_devices_together_do_what_one_device_does(learner, stopped):
-    """Two halves with a different number of valid rows each, on a named axis, against the whole."""
-    cfg, rows, (expected, expected_metrics) = stopped
-    assert rows.valid[:, : E // 2].sum() != rows.valid[:, E // 2 :].sum()
-    halves = jax.tree.map(lambda x: jnp.stack(jnp.split(x, 2, axis=1)), rows)
-    body = lambda half: ppo.update(KEY, learner, half, cfg=cfg, space=SPACE, axis_name="devices")
-    after, metrics = jax.jit(jax.vmap(body, axis_name="devices"))(halves)
-    for device in range(2):
-        on_one = jax.tree.map(lambda x, i=device: x[i], (after, metrics))
-        chex.assert_trees_all_close(on_one[0].params, expected.params, rtol=1e-3, atol=1e-4)
-        for name in set(metrics) - {"ratio_max", "ratio_error"}:  # means of each device's largest
-            np.testing.assert_allclose(on_one[1][name], expected_metrics[name], rtol=2e-3, atol=1e-4, err_msg=name)
-
-
 def test_environments_must_divide_into_minibatches(learner, rows):
     cfg = dataclasses.replace(CFG, minibatches=5)
     with pytest.raises(ValueError, match="32 environments cannot be split into 5"):

@@ -764,6 +764,6 @@ def test_devices_share_environments_evenly():
     assert compilation.spread(cfg).devices == 4
     assert compilation.spread(cfg.replace(report_envs=6)).devices == 4  # a comparison is played in blocks of a round
     assert compilation.spread(cfg.replace(n_envs=6)).devices == 3
-    assert compilation.spread(cfg.replace(n_envs=10)).devices == 1
+    assert compilation.spread(cfg.replace(n_envs=10)).devices == 2
     assert compilation.spread(cfg.replace(env_chunk=4)).devices == 2
     assert compilation.spread(cfg.replace(devices=3)).devices == 3
