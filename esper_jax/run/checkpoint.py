@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -38,6 +37,7 @@ FINGERPRINT = "fingerprint.json"
 MEMORY = Path("/dev/shm")  # Linux's file system in memory
 _NAME = re.compile(r"step_(\d{8})")
 _HALF = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not completed
+_CANNOT_WRITE = re.compile(r"os_error_code|[Ww]rit|PERMISSION_DENIED|NOT_FOUND|UNAVAILABLE")
 _FACTS = {"shape", "dtype", "sha256"}
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, meta: dict[str, Any], *, keep: int = 2, best: int = 2):
         self.folder, self._meta, self._keep, self._best = Path(folder).absolute(), _plain(meta), keep, best
         self._orbax: Any = None
-        self._seal: Callable[[], None] = lambda: None
+        self._unsealed: Callable[[], None] | None = None
 
     def save(
         self,
@@ -97,7 +97,7 @@ class Checkpoints:
             self.wait()
             if step in self._orbax.all_steps():
                 self._orbax.delete(step)
-            self._seal = functools.partial(_seal, self.folder, step, arrays, self._meta, extra)
+            self._unsealed = functools.partial(_seal, self.folder, step, arrays, self._meta, extra)
             self._orbax.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(_storable(arrays))),
@@ -111,6 +111,7 @@ class Checkpoints:
             with self._writing():
                 self._orbax.wait_until_finished()
                 files.sync(self.folder)
+                self._unsealed = None  # it holds a state
 
     def close(self) -> None:
         """Waits. Raises OSError as `save` does."""
@@ -132,11 +133,6 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        # both would repeat, with tracebacks, what is raised here in one line
-        log, hook = logging.getLogger("absl"), sys.unraisablehook
-        self._before = log.disabled, hook
-        log.disabled = True
-        sys.unraisablehook = lambda seen: None if "Event loop is closed" in str(seen.exc_value) else hook(seen)
         score = lambda metrics: metrics["score"]
         best = policies.BestN(get_metric_fn=score, n=self._best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -144,34 +140,69 @@ class Checkpoints:
             step_format_fixed_length=8,
             best_fn=score,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
-            async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._seal()),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             cleanup_tmp_directories=True,
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=("state",))
+        self.folder.mkdir(mode=0o700 if self.folder.parent == MEMORY else 0o777, parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_one_voice())
+            self._orbax = ocp.CheckpointManager(self.folder, options=options, item_names=("state",))
+            self._quiet = stack.pop_all()
+
+    def _seal(self) -> None:
+        if self._unsealed is not None:
+            self._unsealed()
 
     def _forget(self) -> None:
-        orbax, self._orbax = self._orbax, None
+        orbax, self._orbax, self._unsealed = self._orbax, None, None
         if orbax is not None:
-            with contextlib.suppress(Exception):  # what went wrong has been raised
+            with self._quiet, contextlib.suppress(Exception):  # what went wrong has been raised
                 orbax.close()
-            logging.getLogger("absl").disabled, sys.unraisablehook = self._before
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Makes one OSError of whatever Orbax raises that cannot write, and leaves nothing half-written."""
+        """Makes one OSError of what Orbax raises where it cannot write, and leaves nothing half-written."""
         try:
             yield
         except Exception as error:  # TensorStore has a ValueError for everything, Orbax wraps it in its own
-            cause = _os_error(error)
-            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-            number = errno.ENOSPC if full else (cause and cause.errno) or errno.EIO
-            reason = os.strerror(number) if full else (cause and cause.strerror) or str(error)
             time.sleep(0.3)  # the other writers of this checkpoint find out that nobody waits for them
             self._forget()
             for half in self.folder.glob(f"step_*{_HALF}*"):
                 shutil.rmtree(half, ignore_errors=True)
+            cause, full = _os_error(error), "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+            if not (cause or full or _CANNOT_WRITE.search(str(error))):
+                raise
+            number = errno.ENOSPC if full else (cause and cause.errno) or errno.EIO
+            reason = os.strerror(number) if full else (cause and cause.strerror) or str(error)
             raise OSError(number, reason, str(self.folder)) from error
+
+
+class _Silence(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Orbax logs with tracebacks, and its threads cry out, about what is raised here in one line."""
+    silence, log = _Silence(), logging.getLogger("absl")
+    log.addFilter(silence)
+    _speaking.append(silence)
+    if len(_speaking) == 1:
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda seen: None if "Event loop is closed" in str(seen.exc_value) else hook(seen)
+        _hooks.append(hook)
+    try:
+        yield
+    finally:
+        log.removeFilter(silence)
+        _speaking.remove(silence)
+        if not _speaking:
+            sys.unraisablehook = _hooks.pop()
+
+
+_speaking: list[_Silence] = []  # of every manager that is open
+_hooks: list[Callable[[Any], Any]] = []  # what the first of them found
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -187,7 +218,7 @@ def _seal(folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str
     for path in sorted(place.rglob("*")):
         files.sync(path)
     leaves = {path: _facts(leaf) for path, leaf in arrays.items()}
-    known = {"meta": meta, "leaves": leaves, "files": files.sha256s(place / "state")}
+    known = {"step": step, "meta": meta, "leaves": leaves, "files": files.sha256s(place / "state")}
     files.write_json(place / FINGERPRINT, known | extra)
 
 
@@ -199,41 +230,59 @@ def save(folder: str | Path, step: int, state: Any, meta: dict[str, Any], **extr
 
 
 def resume(
-    folders: Sequence[str | Path],
-    template: Any,
-    meta: dict[str, Any],
-    hashes: Callable[[dict[str, Any]], dict[str, str | None]],
+    folders: Sequence[str | Path], template: Any, meta: dict[str, Any], beside: dict[str, str]
 ) -> tuple[Any, int, list[tuple[Path, str]]]:
     """The newest checkpoint in some folders that is whole, its step, and those that are not, with what is wrong.
 
     Args:
-      hashes: SHA-256 of the files that a checkpoint counts with as they are now, given what `save` knew of them.
+      beside: SHA-256 of the files that checkpoints count with, as they are now.
 
-    Raises CheckpointError if none is whole, or the newest whole one is of something else.
+    Raises CheckpointError if none is whole, or one is whole and of something else.
     """
-    places = [Path(folder).absolute() for folder in folders]
-    found = sorted(((step, place / named(step)) for place in places for step in steps(place)), reverse=True)
     damaged: list[tuple[Path, str]] = []
     whole: tuple[Any, int] | None = None
-    for step, place in found:
+    for step, place in sorted(_found(folders), reverse=True):
         try:
-            beside = _fingerprint(place)["beside"]
-            now = hashes(beside)
-            for file, digest in beside.items():
-                if now.get(file) != digest:
-                    what = "is missing" if now.get(file) is None else "is not what was written"
-                    raise DamageError(f"{file}, which {place.name} counts with, {what}")
+            known = _fingerprint(place)
+            for file, digest in known["beside"].items():
+                if beside.get(file) != digest:
+                    what = "is not what was written" if file in beside else "is missing"
+                    raise DamageError(f"the round file {file}, which {place.name} counts with, {what}")
             if whole is None:
                 whole = _restore(place, template, meta), step
             else:  # it may be needed yet, and Orbax's manager trusts what it finds
                 _check_files(place)
+                _compare(place, "", known["meta"], _plain(meta))
         except DamageError as error:
             damaged.append((place, str(error)))
     if whole is not None:
         return *whole, damaged
     if damaged:
-        raise CheckpointError(f"{damaged[0][1]}; no older checkpoint is whole: start the run again in another folder")
-    raise CheckpointError(f"{places[0]}: a checkpoint is not there (steps there: none)")
+        why = f"{damaged[0][1]}; no other checkpoint is whole"
+        raise CheckpointError(f"{why}: put back what it was, or start the run again in another folder")
+    raise CheckpointError(f"{Path(folders[0]).absolute()}: a checkpoint is not there (steps there: none)")
+
+
+def restore_best(
+    folders: Sequence[str | Path], template: Any, meta: dict[str, Any], *, before: int
+) -> tuple[Any, int] | None:
+    """The state with the highest score among those in some folders before a step, and its step; None if there is none
+    that is whole. Nothing may be written there meanwhile."""
+    scored: list[tuple[float, int, Path]] = []
+    for step, place in _found(folders):
+        with contextlib.suppress(CheckpointError):
+            if step < before and (score := _fingerprint(place)["score"]) is not None:
+                scored.append((score, step, place))
+    for _, step, place in sorted(scored, reverse=True):
+        with contextlib.suppress(CheckpointError):
+            return _restore(place, template, meta), step
+    return None
+
+
+def _found(folders: Sequence[str | Path]) -> list[tuple[int, Path]]:
+    """Steps and places of the complete checkpoints in some folders."""
+    places = [Path(folder).absolute() for folder in folders]
+    return [(step, place / named(step)) for place in places for step in steps(place)]
 
 
 def set_aside(damaged: list[tuple[Path, str]]) -> list[str]:
@@ -261,30 +310,43 @@ def about(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
-def best(folder: str | Path, before: int) -> int | None:
-    """The step of the checkpoint with the highest score among those before a step; None if none has one."""
-    scores = ((_fingerprint(Path(folder) / named(step))["score"], step) for step in steps(folder) if step < before)
-    return max((pair for pair in scores if pair[0] is not None), default=(None, None))[1]
+def memory_of(run: Path) -> Path:
+    """The folder in memory-backed storage that belongs to the folder of a run, by whatever name, and to no copy of it.
 
-
-def memory_folder() -> str:
-    """A name for a new folder in memory-backed storage. Raises ValueError if there is none."""
+    Raises ValueError if there is no such storage, or something else has that name.
+    """
     if not os.access(MEMORY, os.W_OK | os.X_OK):
         raise ValueError(f"--memory-checkpoints: there is no memory-backed storage here ({MEMORY})")
-    return str(MEMORY / f"esper_jax-{secrets.token_hex(8)}")
+    facts = run.stat()
+    place = MEMORY / f"esper_jax-{facts.st_dev:x}-{facts.st_ino:x}"
+    if os.path.lexists(place) and (place.is_symlink() or not place.is_dir() or place.stat().st_uid != os.getuid()):
+        raise ValueError(f"--memory-checkpoints: {place}: must be a folder of one's own; remove it")
+    return place
 
 
-def in_memory(name: Any) -> bool:
-    """Whether `memory_folder` may have given this name."""
-    return isinstance(name, str) and re.fullmatch(rf"{MEMORY}/esper_jax-[0-9a-f]{{16}}", name) is not None
+def move(source: Path, target: Path) -> None:
+    """Moves all checkpoints from one folder to another, and removes the first one if nothing else is in it."""
+    for step in steps(source):
+        final = target / named(step)
+        if not final.exists():
+            half = target / f"{named(step)}{_HALF}"
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(source / named(step), half)
+            for path in sorted(half.rglob("*")):
+                files.sync(path)
+            half.rename(final)
+            files.sync(target)
+    forget(source)
 
 
-def forget_memory(folder: str | Path) -> None:
-    """Deletes the checkpoints in a folder that `memory_folder` named, and the folder if nothing else is in it."""
+def forget(folder: Path) -> None:
+    """Deletes the checkpoints in a folder, and the folder if nothing else is in it."""
     for step in steps(folder):
-        shutil.rmtree(Path(folder) / named(step), ignore_errors=True)
+        shutil.rmtree(folder / named(step), ignore_errors=True)
+    for half in folder.glob(f"step_*{_HALF}*"):
+        shutil.rmtree(half, ignore_errors=True)
     with contextlib.suppress(OSError):
-        Path(folder).rmdir()
+        folder.rmdir()
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -359,6 +421,8 @@ def _fingerprint(place: Path) -> dict[str, Any]:
     path = place / FINGERPRINT
     try:
         known = {"about": {}, "beside": {}, "score": None} | json.loads(path.read_text(encoding="utf-8"))
+        if named(known.setdefault("step", int(_NAME.fullmatch(place.name)[1]))) != place.name:
+            raise ValueError(f"it is that of step {known['step']}")
         fine = all(isinstance(known[part], dict) for part in ("leaves", "files", "meta", "about", "beside"))
         if not (fine and all(set(leaf) == _FACTS for leaf in known["leaves"].values())):
             raise ValueError("it is not what was written")

@@ -133,10 +133,9 @@ def _keep(text: str, folder: Path | None) -> Path:
 
 
 def leave(code: int) -> None:
-    """Ends the process. After anything but success it does not wait for programs that are still being compiled."""
-    if code:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Ends the process, without waiting for programs that are still being compiled, nor for threads of libraries, which
+    at times abort an interpreter that finalises."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it was closed from the start
+            stream.flush()
+    os._exit(code)

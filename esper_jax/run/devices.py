@@ -75,11 +75,15 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
+class TooLarge(MemoryError):
+    """What does not fit into a device."""
+
+
 def check_memory(need: int, what: str) -> None:
-    """Raises MemoryError if a device has its own memory, and less than so many bytes."""
+    """Raises TooLarge if a device has its own memory, and less than so many bytes."""
     there = device_memory()
     if there is not None and need > there:
-        raise MemoryError(f"{what} needs {size(need)} on each device, which has {size(there)}")
+        raise TooLarge(f"{what} needs {size(need)} on each device, which has {size(there)}")
 
 
 def size(n: float) -> str:

@@ -52,7 +52,7 @@ def of(train: Train, cfg: Config, run: Any, key: jax.Array, done: int = 0) -> Es
       run: shapes of its state.
       done: rounds that will not be played again.
 
-    Raises ValueError if it cannot fit into memory.
+    Raises ValueError if it cannot fit into the machine's memory, and TooLarge into a device's.
     """
     n_devices = cfg.devices or jax.device_count()
     everyone = round_of(cfg, train.controllers)
@@ -126,4 +126,4 @@ def span(least: float, most: float) -> str:
     for per, unit in ((86_400, "days"), (3_600, "hours"), (60, "min")):
         if most >= 2 * per:
             return f"{least / per:,.1f} to {most / per:,.1f} {unit}"
-    return f"{least:.0f} to {most:.0f} s"
+    return f"{least:.0f} to {most:.0f} s" if most >= 2 else "a second or two"

@@ -72,7 +72,10 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     with contextlib.ExitStack() as stack:
         while True:
-            file = stack.enter_context(open(path, "a+"))
+            try:
+                file = stack.enter_context(open(path, "a+"))
+            except OSError as error:
+                raise OSError(f"{folder}: must be a folder that can be written to ({error.strerror})") from error
             if not _lock(file):
                 file.seek(0)
                 owner = file.read().strip() or "another"

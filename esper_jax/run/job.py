@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -54,8 +54,8 @@ class JobOptions:
     """file with lines such as `3: germinate slot=0 blueprint=conv_light`; adds the arm `script`"""
     resume: Path | None = None
     """folder of a run to go on with; its configuration becomes the default"""
-    checkpoint_every: int = number(1, low=0)
-    """rounds between checkpoints; 0 writes none"""
+    checkpoint_every: int | None = number(None, low=0)
+    """rounds between checkpoints; 0 writes none; by default 1, or what the run had that goes on"""
     memory_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
     """keep checkpoints in memory-backed storage while the run goes on, and write only the last one to its folder: they
     outlive the process, but not the machine"""
@@ -95,11 +95,12 @@ class Job(NamedTuple):
     card: dict  # run.json
     meant: str | None = None  # see JobOptions.meant
     first: Future | None = None  # a run before its first round, on its way
+    memory: Path | None = None  # where checkpoints are while the run goes on, if not in its folder
 
     @property
-    def checkpoints(self) -> Path:
-        """Where they are written while the run goes on."""
-        return Path(self.card.get("memory") or self.out / "checkpoints")
+    def disk(self) -> Path:
+        """Where checkpoints are in the end."""
+        return self.out / "checkpoints"
 
 
 class Asked(NamedTuple, Generic[C]):
@@ -170,8 +171,6 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     now = datetime.now()
     cfg = compilation.spread(options.config.replace(devices=1) if options.debug_nans else options.config)
     console = Console(quiet=options.quiet)
-    if options.memory_checkpoints and not options.checkpoint_every:
-        raise ValueError("--checkpoint-every 0 and --memory-checkpoints: give one of them")
     if not options.resume:
         options.check_data()
         name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
@@ -180,6 +179,12 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         out = options.resume
         held.enter_context(folder.locked(out))
     before = provenance.read_card(out) if options.resume else {}
+    every = options.checkpoint_every
+    every = before.get("checkpoint_every", 1) if every is None else every
+    in_memory = options.memory_checkpoints or before.get("memory_checkpoints", False)
+    if in_memory and not every:
+        raise ValueError("--checkpoint-every 0 and --memory-checkpoints: give one of them")
+    memory = checkpoint.memory_of(out) if in_memory else None
     rules, script = check(cfg, options.script or before.get("script"))
     estimate.check_counts(cfg, len(rules))
     header(console, options, cfg, out)
@@ -212,28 +217,24 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
             raise ValueError(f"{place}: must be a folder; move that file away, then go on")
     if before.get("rebuilt"):
         warn(f"{out / 'run.json'} is missing or damaged: rebuilt from the newest checkpoint")
-    places = [kept, *(Path(place) for place in [before.get("memory")] if place)]
     template = compilation.run_template(train, cfg, key)
+    places = [kept, memory] if memory else [kept]
+    beside = records.RoundLog.hashes(kept / "rounds")
     if options.resume and any(map(checkpoint.steps, places)):
-        hashes = lambda beside: records.RoundLog.hashes(kept / "rounds", len(beside))
-        run, done, damaged = checkpoint.resume(places, template, meta, hashes)
+        run, done, damaged = checkpoint.resume(places, template, meta, beside)
         if done > cfg.rounds:
             raise ValueError(f"--rounds {cfg.rounds}: must be at least {done}, which {out} has done already")
         records.RoundLog.check(kept / "rounds", done)
     if options.resume:
-        console.facts({"resume": f"after round {done}"})
+        again = max(0, len(beside) - done)
+        console.facts(
+            {"resume": f"after round {done}" + f", of which {again} more were done and are again" * (again > 1)}
+        )
     # tracing leaves a core to whatever has to be compiled besides
     init = {"init": lambda: train.init(key)} if run is None and not options.plan else {}
     first = compilation.background(init).get("init")
     with console.step("estimate", "rollouts and memory") as said:
         said.append(str(estimate.of(train, cfg, template, key, done)))
-    memory = before.get("memory")
-    if memory and not checkpoint.steps(memory):
-        if run is None:
-            warn(f"its checkpoints in memory-backed storage ({memory}) are gone: it begins again")
-        memory = None
-    if options.memory_checkpoints and not memory:
-        memory = checkpoint.memory_folder()
     part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
     part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
     _compare_parts(before, part, out, options.force, warn)
@@ -255,11 +256,14 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "script": script,
         "added": added,
         "parts": [*before.get("parts", []), part],
-        "memory": memory,
+        "checkpoint_every": every,
+        "memory_checkpoints": in_memory,
         **card,
     }
+    if memory and not options.resume:
+        checkpoint.forget(memory)  # of another run, whose folder is gone
     files.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first)
+    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first, memory)
 
 
 def _checked(train: Train, cfg: Config) -> Train:
@@ -341,23 +345,19 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     Raises Stopped if that was asked for, with the round in hand done and kept, and Refusal when a policy took no step
     in three.
     """
-    run, every, rounds = job.run, job.options.checkpoint_every, job.cfg.rounds
+    run, every, rounds = job.run, job.card["checkpoint_every"], job.cfg.rounds
     stop, start = stop or command.Interruption(), int(run.round)
-    disk = job.out / "checkpoints"
-    log = records.RoundLog(disk / "rounds", start)
+    log = records.RoundLog(job.disk / "rounds", start)
     metric = job.train.dataset.metric(job.train.dataset.validation)
     idle = np.zeros(job.cfg.policy_seeds, int)  # rounds in a row in which a policy took no step
     for arrays in map(log.arrays, range(max(0, start - MOST_IDLE_ROUNDS), start)):
         idle = np.where(records.dead(arrays), idle + 1, 0)
     why = None
-    with (
-        checkpoint.Checkpoints(job.checkpoints, job.meta) as checkpoints,
-        job.console.bar("round", rounds, start) as advance,
-    ):
+    with _Store(job) as store, job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             stop.patient = bool(every)
             if (back := idle == RETURN_AFTER).any():
-                run = _returned(job, run, back, number - RETURN_AFTER)
+                run = _returned(job, store, run, back, number - RETURN_AFTER)
             run, metrics = job.train.update(job.key, run)
             arrays = records.round_arrays(metrics)
             log.write(number, arrays)
@@ -365,15 +365,15 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
             why = _why_idle(int(idle.argmax()), run, metrics) if idle.max() >= MOST_IDLE_ROUNDS else None
             last = number + 1 == rounds or stop.asked or why
-            if every and ((number + 1) % every == 0 or last):
-                score = None if idle.any() else metric.score(*records.reached(arrays))
-                checkpoints.save(number + 1, run, score=score, about=job.card, beside=log.known)
+            planned = every and (number + 1) % every == 0
+            if planned or (every and last):
+                # what a policy may return to must not depend on where the run was stopped
+                scored = planned and not idle.any()
+                score = metric.score(*records.reached(arrays)) if scored else None
+                store.save(number + 1, run, score=score, about=job.card, beside=log.known)
             if last:
                 break
             stop.patient = False
-    if job.checkpoints != disk and checkpoint.steps(job.checkpoints):
-        checkpoint.save(disk, int(run.round), run, job.meta, about=job.card, beside=log.known)
-        checkpoint.forget_memory(job.checkpoints)
     stop.patient = False
     if why:
         raise command.Refusal(why)
@@ -382,23 +382,63 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     return run, log.stacked()
 
 
-def _returned(job: Job, run: RunState, back: np.ndarray, sick: int) -> RunState:
+class _Store:
+    """The checkpoints of a run while it goes on: in memory or on disk, and in the end on disk."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.to = checkpoint.Checkpoints(job.memory or job.disk, job.meta)
+
+    def __enter__(self) -> _Store:
+        return self
+
+    def save(self, step: int, run: RunState, **extra: Any) -> None:
+        """As `Checkpoints.save`; where memory fails, on disk from then on."""
+        try:
+            self.to.save(step, run, **extra)
+        except OSError as error:
+            if self.to.folder == self.job.disk.absolute():
+                raise
+            what = f"{error.filename}: {error.strerror}; checkpoints go to {self.job.disk} from now on"
+            self.job.console.say(f"  {what}", style="bold red", always=True)
+            self.to = checkpoint.Checkpoints(self.job.disk, self.job.meta)
+            self.to.save(step, run, **extra)
+        self.latest = step, run, extra
+
+    def restore_best(self, like: RunState, before: int) -> tuple[RunState, int] | None:
+        self.to.wait()
+        places = [place for place in (self.job.memory, self.job.disk) if place]
+        return checkpoint.restore_best(places, like, self.job.meta, before=before)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        memory = self.job.memory
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self.to.close()
+            return
+        try:
+            self.to.close()
+        except OSError:  # the last one could not be written to memory after all
+            if self.to.folder == self.job.disk.absolute():
+                raise
+            step, run, extra = self.latest
+            checkpoint.save(self.job.disk, step, run, self.job.meta, **extra)
+        if memory:
+            checkpoint.move(memory, self.job.disk)
+
+
+def _returned(job: Job, store: _Store, run: RunState, back: np.ndarray, sick: int) -> RunState:
     """A run some of whose policies are what they were in the best checkpoint from before the round `sick`, which they
     began as they are; the others go on, and so does the count of rounds: what comes is played with other keys.
 
     Without such a checkpoint the run as it is.
     """
-    try:
-        step = checkpoint.best(job.checkpoints, before=sick)
-        then = None if step is None else checkpoint.restore(job.checkpoints, run, job.meta, step=step)[0]
-    except checkpoint.CheckpointError as error:
-        raise command.Refusal(str(error)) from error
-    who = "policies " + ", ".join(map(str, np.flatnonzero(back)))
-    what = (
-        "there is no older checkpoint to return to" if then is None else f"returned to what they were at round {step}"
-    )
+    found = store.restore_best(run, before=sick)
+    numbers = np.flatnonzero(back)
+    who = ("policies " if len(numbers) > 1 else "policy ") + ", ".join(map(str, numbers))
+    what = "there is no older checkpoint to return to" if found is None else f"returned to round {found[1]}"
     job.console.say(f"  {who} took no step in {RETURN_AFTER} rounds: {what}", style="bold red", always=True)
-    return run if then is None else run.returned(then, back)
+    return run if found is None else run.returned(found[0], back)
 
 
 def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
@@ -532,6 +572,8 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
     except KeyboardInterrupt:
         command.say(stop.message())
         return command.STOPPED
+    except devices.TooLarge as error:
+        return command.refused(f"{error}: {estimate.LESS}")
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return command.refused(f"out of memory ({command.line(error)[:200]}): {estimate.LESS}")

@@ -101,7 +101,9 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _checked_card(given: Any, path: Path) -> dict[str, Any]:
     try:
-        card = {"script": None, "status": "running", "added": [], "memory": None} | given
+        card = {
+            "script": None, "status": "running", "added": [], "memory_checkpoints": False, "checkpoint_every": 1,
+        } | given  # fmt: skip
         if isinstance(card["config"], dict):
             card["config"], added = completed(card["config"])
             card["new"] = {name: value for name, value in added.items() if name not in card["added"]}
@@ -112,11 +114,8 @@ def _checked_card(given: Any, path: Path) -> dict[str, Any]:
             ("status", "a word", isinstance(card["status"], str)),
             ("script", "a text or null", isinstance(card["script"], str | None)),
             ("data", "an object", isinstance(card["data"], dict)),
-            (
-                "memory",
-                "a folder in memory-backed storage or null",
-                card["memory"] is None or checkpoint.in_memory(card["memory"]),
-            ),
+            ("memory_checkpoints", "true or false", isinstance(card["memory_checkpoints"], bool)),
+            ("checkpoint_every", "a whole number from 0 on", _is_count(card["checkpoint_every"])),
             ("added", "a list of texts", all(isinstance(name, str) for name in card["added"])),
         ):
             if not fine:
@@ -127,6 +126,10 @@ def _checked_card(given: Any, path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: must be the run.json of a run: {reason}") from None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def run_card(cfg: Config, dataset: AnyDataset) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import re
 import zipfile
 import zlib
@@ -149,7 +150,7 @@ class RoundLog:
             match = _ROUND.fullmatch(path.name)
             if match and path.is_file() and (match[2] or int(match[1]) >= done):
                 path.unlink()
-        self.known = self.hashes(folder, done)
+        self.known = self.hashes(folder)
 
     @staticmethod
     def set_aside(folder: Path, done: int, into: Path) -> None:
@@ -173,16 +174,11 @@ class RoundLog:
                 raise ValueError(f"{error}; put it back, or start the run again in another folder") from error
 
     @staticmethod
-    def hashes(folder: Path, done: int) -> dict[str, str | None]:
-        """SHA-256 of the files of `done` rounds by their names; None of one that is not there."""
-        found: dict[str, str | None] = {}
-        for number in range(done):
-            path = RoundLog._path(folder, number)
-            try:
-                found[path.name] = sha256(path)
-            except OSError:
-                found[path.name] = None
-        return found
+    def hashes(folder: Path) -> dict[str, str]:
+        """SHA-256 of the files of rounds that are there, by their names."""
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        rounds = (folder / name for name in names if (match := _ROUND.fullmatch(name)) and not match[2])
+        return {path.name: sha256(path) for path in rounds if path.is_file()}
 
     @staticmethod
     def _path(folder: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """The main job from its command line to its files."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -53,11 +54,12 @@ def run(*options, **kwargs):
     return process.returncode, out, err
 
 
-def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None):
+def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None, every=1):
     """The tiny run as a job; its programs are compiled already."""
     cfg = tiny_run.CONFIG.replace(rounds=rounds)
     card = {"status": "running", "arms": list(tiny_run.ARMS), **provenance.run_card(cfg, tiny.dataset())}
     start = tiny_run.result().states[0] if run is None else run
+    card |= {"checkpoint_every": every}
     meta = {"config": provenance.computed(cfg), "data": "tiny"}
     options = cifar.Options(preset="smoke", config=cfg)
     return jobs.Job(
@@ -141,21 +143,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_stop_is_asked_for_in_a_round(tmp_path, every):
     """The round in hand is done, kept, and shown; going on from it ends with the same run."""
-    whole, stop = job(tmp_path, rounds=2), jobs.command.Interruption()
+    whole, stop = job(tmp_path, rounds=2, every=every), jobs.command.Interruption()
 
     def update(key, run):
         assert stop.patient
         stop.asked = signal.SIGTERM
         return whole.train.update(key, run)
 
-    options = dataclasses.replace(whole.options, checkpoint_every=every)
     with pytest.raises(jobs.command.Stopped):
-        jobs.learn(whole._replace(train=whole.train._replace(update=update), options=options), stop)
+        jobs.learn(whole._replace(train=whole.train._replace(update=update)), stop)
     assert checkpoint.steps(tmp_path / "checkpoints") == [1] and stop.code == 143
     jobs.report_stopped(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "learning.png", "metrics.npz"}
-    hashes = lambda beside: records.RoundLog.hashes(tmp_path / "checkpoints" / "rounds", len(beside))
-    again, done, _ = checkpoint.resume([tmp_path / "checkpoints"], whole.run, whole.meta, hashes)
+    beside = records.RoundLog.hashes(tmp_path / "checkpoints" / "rounds")
+    again, done, _ = checkpoint.resume([tmp_path / "checkpoints"], whole.run, whole.meta, beside)
     state, rounds = jobs.learn(whole._replace(run=again))
     assert done == 1 and tiny.equal(state, tiny_run.result().states[2])
 
@@ -198,47 +199,80 @@ def poisoned(run, policy):
     return run.replace(learner=run.learner.replace(params=jax.tree.map(spoil, run.learner.params)))
 
 
-@pytest.mark.parametrize("memory", [True, False])
-def test_a_learner_that_is_dead_returns_to_its_best_checkpoint(tmp_path, monkeypatch, memory):
-    """Policy 1 is poisoned before the third round and takes no step in the third and fourth; it begins the fifth as it
-    was at the best checkpoint from before, which lies in memory if that was asked for; policy 0 and the keys are those
-    of a run that nothing happened to. A run that was killed in between does the same."""
-    start = job(tmp_path / "run", rounds=6)
-    if memory:
-        monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
-        start.card["memory"] = checkpoint.memory_folder()
-    disk, healthy, begun, healthy_update = tmp_path / "run/checkpoints", [start.run], [], start.train.update
-    for _ in range(6):
-        healthy.append(start.train.update(start.key, healthy[-1])[0])
+@pytest.mark.parametrize(("every", "memory", "stops"), [(1, True, (3, 4)), (1, False, (1, 4)), (2, True, (1, 3))])
+def test_a_learner_that_is_dead_returns_to_its_best_checkpoint(tmp_path, monkeypatch, every, memory, stops):
+    """Policy 1 is poisoned before the sixth round and takes no step in it and in the seventh; it begins the eighth as
+    it was at the best checkpoint from before, which lies in memory if that was asked for; policy 0 and the keys are
+    those of a run that nothing happened to. A run that was stopped on the way does the same."""
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
+    healthy, begun, poison, rounds = [tiny_run.result().states[0]], [], 5, 9
+    healthy_update = tiny_run.result().train.update
+    for _ in range(rounds):
+        healthy.append(healthy_update(tiny_run.KEY(), healthy[-1])[0])
 
-    def update(key, run):
-        begun.append(run)
-        if memory:
-            assert not checkpoint.steps(disk)
-        if run.round == 4 and not memory and not (tmp_path / "killed").exists():
-            while checkpoint.steps(disk)[-1] < 4:  # it is still being written
-                time.sleep(0.01)
-            shutil.copytree(disk, tmp_path / "killed" / "checkpoints")
-        return healthy_update(key, poisoned(run, 1) if run.round == 2 else run)
+    def play(name, stops=()):
+        """A run, stopped in these rounds and gone on with; its last state, its rounds and what was said."""
+        out, run, said = tmp_path / name, None, ""
+        out.mkdir()
+        for at in (*stops, None):
+            stop = jobs.command.Interruption()
 
-    start = start._replace(train=start.train._replace(update=update))
-    end, rounds = jobs.learn(start)
-    dead = (rounds["learner/updates_done"] == 0).tolist()
-    assert dead == [[False, False], [False, False], [False, True], [False, True], [False, False], [False, False]]
+            def update(key, run, at=at, stop=stop):
+                begun.append(run)
+                if memory:
+                    assert at != stops[:1] or not checkpoint.steps(out / "checkpoints")
+                stop.asked = signal.SIGTERM if run.round == at else stop.asked
+                return healthy_update(key, poisoned(run, 1) if run.round == poison else run)
+
+            start = job(out, rounds=rounds, run=run, every=every)
+            start = start._replace(
+                train=start.train._replace(update=update), memory=checkpoint.memory_of(out) if memory else None
+            )
+            with contextlib.suppress(jobs.command.Stopped):
+                end, metrics = jobs.learn(start, stop)
+            said += start.console.rich.file.getvalue()
+            beside = records.RoundLog.hashes(start.disk / "rounds")
+            run, done, damaged = checkpoint.resume([start.disk], start.run, start.meta, beside)
+            assert not damaged and done == (rounds if at is None else at + 1)
+            assert not list(tmp_path.glob("esper_jax-*"))
+        return end, metrics, said
+
+    end, metrics, said = play("whole")
+    dead = (metrics["learner/updates_done"] == 0).tolist()
+    assert dead == [[False, n in (poison, poison + 1)] for n in range(rounds)]
     of = lambda run, policy: jax.tree.map(lambda leaf: leaf[policy], (run.learner, run.observations, run.returns))
-    assert tiny.equal(of(begun[4], 1), of(healthy[1], 1))  # step 2 is what it was when it failed
+    reached = metrics["rounds/val_accuracy"][..., -1].mean((1, 2))
+    saved = [step for step in range(every, poison, every)]  # step n was saved after round n, which it is scored by
+    best = max(saved, key=lambda step: reached[step - 1])
+    assert tiny.equal(of(begun[poison + 2], 1), of(healthy[best], 1))
     for number, run in enumerate([*begun, end]):
         assert tiny.equal(of(run, 0), of(healthy[number], 0)) and run.round == number
-    shown = start.console.rich.file.getvalue()
-    assert "  policies 1 took no step in 2 rounds: returned to what they were at round 1\n" in shown
-    assert checkpoint.steps(disk)[-1] == 6 and not list(tmp_path.glob("esper_jax-*"))
+    assert f"  policy 1 took no step in 2 rounds: returned to round {best}\n" in said
 
-    if not memory:
-        disk = tmp_path / "killed" / "checkpoints"
-        hashes = lambda beside: records.RoundLog.hashes(disk / "rounds", len(beside))
-        again, step, damaged = checkpoint.resume([disk], start.run, start.meta, hashes)
-        assert step == 4 and not damaged
-        assert tiny.equal(jobs.learn(start._replace(out=tmp_path / "killed", run=again))[0], end)
+    again, again_metrics, again_said = play("stopped", stops)
+    assert tiny.equal(again, end) and f"returned to round {best}\n" in again_said
+    for name, array in metrics.items():
+        np.testing.assert_array_equal(again_metrics[name], array, err_msg=name)
+
+
+def test_where_memory_fails_checkpoints_go_to_disk(tmp_path, monkeypatch):
+    """Its folder is gone in the second round: said, and nothing is lost."""
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
+    start = job(tmp_path / "run", rounds=4)
+    start.out.mkdir()
+    memory = checkpoint.memory_of(start.out)
+
+    def update(key, run):
+        if run.round == 2:
+            shutil.rmtree(memory)
+            memory.write_text("in the way")
+        return tiny_run.result().train.update(key, run)
+
+    end, _ = jobs.learn(start._replace(train=start.train._replace(update=update), memory=memory))
+    assert f"; checkpoints go to {start.disk} from now on" in start.console.rich.file.getvalue()
+    assert checkpoint.steps(start.disk)[-1] == 4
+    beside = records.RoundLog.hashes(start.disk / "rounds")
+    assert tiny.equal(checkpoint.resume([start.disk], start.run, start.meta, beside)[0], end)
 
 
 def card(cfg, **changes):
@@ -423,7 +457,7 @@ def test_a_plan_changes_nothing(main, monkeypatch, tmp_path, capsys):
 
 
 def test_checkpoints_in_memory(main, monkeypatch, tmp_path):
-    """The run card knows where they are; whether they are still there is said; what cannot be is refused."""
+    """A run goes on as it was: with its checkpoints in memory, and as many rounds between them."""
     monkeypatch.setattr(jobs, "start", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(checkpoint, "MEMORY", tmp_path / "memory")
     code, (line,) = main(*SMALL, "--memory-checkpoints")
@@ -432,25 +466,25 @@ def test_checkpoints_in_memory(main, monkeypatch, tmp_path):
     assert code == 2 and line == "error: --checkpoint-every 0 and --memory-checkpoints: give one of them"
     assert not list(tmp_path.iterdir())
     checkpoint.MEMORY.mkdir()
-    assert main(*SMALL, "--memory-checkpoints", "--out", "run")[0] == 130
+    assert main(*SMALL, "--memory-checkpoints", "--checkpoint-every", "3", "--out", "run")[0] == 130
     card = json.loads(Path("run/run.json").read_text())
-    assert checkpoint.in_memory(card["memory"]) and not list(checkpoint.MEMORY.iterdir())
-
     cfg = Config.from_json(json.dumps(card["config"]))
     train = jobs.make_train(cfg, jobs.data.load(cfg.data))
     meta = {"config": provenance.computed(cfg), "data": provenance.digest(card["data"]["identity"])}
-    checkpoint.save(card["memory"], 0, train.init(jax.random.key(0)), meta)
+    checkpoint.save(checkpoint.memory_of(Path("run")), 0, train.init(jax.random.key(0)), meta)
     seen = []
     monkeypatch.setattr(jobs, "start", lambda job: seen.append(job) or (_ for _ in ()).throw(KeyboardInterrupt))
     assert main("--resume", "run", "--quiet")[0] == 130
-    assert seen[-1].run is not None and seen[-1].checkpoints == Path(card["memory"])
-    shutil.rmtree(card["memory"])
-    assert main("--resume", "run")[0] == 130
-    assert seen[-1].run is None and seen[-1].checkpoints == Path("run/checkpoints")
+    assert seen[-1].run is not None and seen[-1].memory == checkpoint.memory_of(Path("run"))
+    assert seen[-1].card["checkpoint_every"] == 3
+    shutil.rmtree(checkpoint.memory_of(Path("run")))
+    assert main("--resume", "run", "--checkpoint-every", "1")[0] == 130
+    assert seen[-1].run is None and seen[-1].memory and seen[-1].card["checkpoint_every"] == 1
     path = Path("run/run.json")
-    path.write_text(json.dumps(card | {"memory": "/etc"}))
-    code, (line,) = main("--resume", "run", "--quiet")
-    assert code == 2 and "memory = '/etc': must be a folder in memory-backed storage or null" in line
+    for name, value in (("memory_checkpoints", 3), ("checkpoint_every", -1), ("checkpoint_every", True)):
+        path.write_text(json.dumps(card | {name: value}))
+        code, (line,) = main("--resume", "run", "--quiet")
+        assert code == 2 and f"{name} = {value}: must be" in line
 
 
 def test_a_disk_that_is_full_is_one_line(main, monkeypatch):

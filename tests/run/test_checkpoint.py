@@ -93,9 +93,24 @@ def test_the_best_stay_beside_the_newest(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 4, 5]
     checkpoint.save(tmp_path, 6, state(6), META, score=2.0)
     assert checkpoint.steps(tmp_path) == [2, 4, 5, 6]
-    assert [checkpoint.best(tmp_path, before) for before in (2, 3, 7)] == [None, 2, 2]
     checkpoint.save(tmp_path, 7, state(7), META, score=np.nan)
-    assert checkpoint.steps(tmp_path) == [2, 4, 6, 7] and checkpoint.best(tmp_path, 9) == 2
+    assert checkpoint.steps(tmp_path) == [2, 4, 6, 7]
+
+
+def test_the_best_that_is_whole_is_found(tmp_path):
+    """In any folder, before a step; what is damaged, of something else, or without a score is passed over."""
+    disk, memory = tmp_path / "disk", tmp_path / "memory"
+    for folder, step, score in ((disk, 1, 3.0), (disk, 2, 9.0), (memory, 3, 5.0), (memory, 4, None), (memory, 5, 7.0)):
+        checkpoint.save(folder, step, state(step), META, score=score)
+    best = lambda before: checkpoint.restore_best([disk, memory], state(), META, before=before)
+    for before, expected in ((6, 2), (2, 1), (1, None)):
+        found = best(before)
+        assert found is None if expected is None else found[1] == expected and tiny.equal(found[0], state(expected))
+    empty(disk / "step_00000002", checkpoint.FINGERPRINT)
+    assert best(6)[1] == 5 and best(5)[1] == 3
+    flip(memory / "step_00000003", "state")
+    assert best(5)[1] == 1
+    assert checkpoint.restore_best([disk, memory], state(), {**META, "data": "other"}, before=6) is None
 
 
 def test_what_is_computed_meanwhile_is_not_what_is_saved(tmp_path):
@@ -214,6 +229,7 @@ def flip(place, name):
             '{"leaves": {}, "files": {}, "meta": {}, "about": 3}'
         ),
         lambda place: (place / checkpoint.FINGERPRINT).write_bytes(b"\xff\xfe"),
+        lambda place: shutil.copy(place.with_name("step_00000003") / checkpoint.FINGERPRINT, place),
         lambda place: (place / checkpoint.FINGERPRINT).unlink(),
         lambda place: flip(place, "state"),
         lambda place: shutil.rmtree(place / "state"),
@@ -232,11 +248,11 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, damage):
     for number in range(4):
         log.write(number, {"x": np.full(3, number)})
         checkpoint.save(tmp_path, number + 1, state(number), META, beside=log.known, score=1.0)
-    hashes = lambda beside: records.RoundLog.hashes(tmp_path / "rounds", len(beside))
-    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
+    hashes = lambda: records.RoundLog.hashes(tmp_path / "rounds")
+    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes())
     assert step == 4 and not damaged and tiny.equal(restored, state(3))
     damage(tmp_path / "step_00000004")
-    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
+    restored, step, damaged = checkpoint.resume([tmp_path], state(), META, hashes())
     assert step == 3 and tiny.equal(restored, state(2)) and checkpoint.steps(tmp_path)[-2:] == [3, 4]
     (line,) = checkpoint.set_aside(damaged)
     assert line.startswith("step_00000004 is damaged (") and "kept as damaged_step_00000004, and" in line
@@ -246,7 +262,7 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, damage):
     log.write(3, {"x": np.full(3, 3)})
     checkpoint.save(tmp_path, 4, state(3), META, beside=log.known)
     empty(tmp_path / "step_00000004", checkpoint.FINGERPRINT)
-    *_, damaged = checkpoint.resume([tmp_path], state(), META, hashes)
+    *_, damaged = checkpoint.resume([tmp_path], state(), META, hashes())
     assert "kept as damaged_step_00000004-2" in checkpoint.set_aside(damaged)[0]
     assert (tmp_path / "damaged_step_00000004-2").is_dir()
 
@@ -255,8 +271,8 @@ def test_where_nothing_is_whole_nothing_is_changed(tmp_path):
     for number in (3, 4):
         checkpoint.save(tmp_path, number, state(), META)
         empty(tmp_path / f"step_{number:08d}", checkpoint.FINGERPRINT)
-    with pytest.raises(CheckpointError, match="step_00000004/.*cannot be read.*; no older checkpoint is whole"):
-        checkpoint.resume([tmp_path], state(), META, lambda beside: {})
+    with pytest.raises(CheckpointError, match="step_00000004/.*cannot be read.*; no other checkpoint is whole"):
+        checkpoint.resume([tmp_path], state(), META, {})
     assert checkpoint.steps(tmp_path) == [3, 4]
 
 
@@ -264,7 +280,7 @@ def test_a_checkpoint_of_something_else_is_no_damage(folder):
     """It is refused, however old the next one is."""
     checkpoint.save(folder, 4, state(2), META)
     with pytest.raises(CheckpointError, match="'other' here$"):
-        checkpoint.resume([folder], state(), {**META, "data": "other"}, lambda beside: {})
+        checkpoint.resume([folder], state(), {**META, "data": "other"}, {})
     assert checkpoint.steps(folder) == [3, 4]
 
 
@@ -303,15 +319,18 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(folder, monkeypatch, e
         logging.getLogger("absl").error("no space")
         raise error
 
-    said = []
-    monkeypatch.setattr(logging.getLogger("absl"), "handle", said.append)
+    said, before = [], sys.unraisablehook
+    listener = logging.Handler()
+    listener.emit = said.append
+    logging.getLogger("absl").addHandler(listener)
     for method in ("save", "wait_until_finished"):  # at once, or in Orbax's thread
         with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
             patch.setattr(ocp.CheckpointManager, method, full)
             checkpoint.save(folder, 4, state(), META)
         assert (caught.value.errno, caught.value.filename) == (number, str(folder)) and not said
         assert [path.name for path in folder.iterdir()] == ["step_00000003"]
-    assert not logging.getLogger("absl").disabled
+    logging.getLogger("absl").removeHandler(listener)
+    assert not logging.getLogger("absl").filters and sys.unraisablehook is before
     assert tiny.equal(checkpoint.restore(folder, state(), META)[0], state())
 
 
@@ -320,7 +339,7 @@ def test_an_older_one_that_is_damaged_is_set_aside_too(tmp_path):
     for number in (1, 2):
         checkpoint.save(tmp_path, number, state(number), META, score=float(number))
     (tmp_path / "step_00000001" / "metrics" / "metrics").write_text("{")
-    _, step, damaged = checkpoint.resume([tmp_path], state(), META, lambda beside: {})
+    _, step, damaged = checkpoint.resume([tmp_path], state(), META, {})
     assert step == 2
     (line,) = checkpoint.set_aside(damaged)
     assert line.startswith("step_00000001 is damaged (")
@@ -332,10 +351,10 @@ def test_the_newest_of_several_folders_is_gone_on_from(tmp_path):
     disk, memory = tmp_path / "disk", tmp_path / "memory"
     for folder, number in ((disk, 1), (memory, 2), (disk, 3)):
         checkpoint.save(folder, number, state(number), META)
-    restored, step, _ = checkpoint.resume([memory, disk], state(), META, lambda beside: {})
+    restored, step, _ = checkpoint.resume([memory, disk], state(), META, {})
     assert step == 3 and tiny.equal(restored, state(3))
     shutil.rmtree(disk)
-    assert checkpoint.resume([disk, memory], state(), META, lambda beside: {})[1] == 2
+    assert checkpoint.resume([disk, memory], state(), META, {})[1] == 2
 
 
 def test_a_checkpoint_outlives_a_loss_of_power(tmp_path, monkeypatch):
@@ -351,23 +370,61 @@ def test_a_checkpoint_outlives_a_loss_of_power(tmp_path, monkeypatch):
     assert synced[-1] == "." and synced.index(".", at) > at
 
 
-def test_names_in_memory_backed_storage(tmp_path, monkeypatch):
-    """Only what `memory_folder` may have named is taken from a run card, and ever deleted."""
-    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path)
-    name = checkpoint.memory_folder()
-    assert checkpoint.in_memory(name) and not Path(name).exists()
-    others = ("/", f"{tmp_path}", f"{name}/x", f"{tmp_path}/esper_jax-", f"{tmp_path}/../esper_jax-{'0' * 16}", 3, None)
-    assert not any(map(checkpoint.in_memory, others))
-    checkpoint.save(name, 1, state(), META)
-    (Path(name) / "mine").write_text("x")
-    checkpoint.forget_memory(name)
-    assert [path.name for path in Path(name).iterdir()] == ["mine"]
-    (Path(name) / "mine").unlink()
-    checkpoint.forget_memory(name)
-    assert not Path(name).exists()
-    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path / "nowhere")
+def test_what_is_no_trouble_with_files_is_not_called_that(folder):
+    """Orbax knows no arrays of text; nor is a folder made where a file is, and nothing stays silenced after that."""
+    hook = sys.unraisablehook
+    with pytest.raises(Exception) as caught:
+        checkpoint.save(folder, 4, {"x": np.array(["a"])}, META)
+    assert not isinstance(caught.value, OSError)
+    (folder / "file").write_text("x")
+    with pytest.raises(OSError, match="exists|directory"):
+        checkpoint.save(folder / "file", 4, state(), META)
+    assert not logging.getLogger("absl").filters and sys.unraisablehook is hook
+    assert checkpoint.steps(folder) == [3] and not list(folder.glob("*tmp*"))
+
+
+def test_two_at_once_are_both_silent_until_they_are_closed(tmp_path):
+    hook, log = sys.unraisablehook, logging.getLogger("absl")
+    first, second = (checkpoint.Checkpoints(tmp_path / name, META) for name in "ab")
+    for each in (first, second):
+        each.save(1, state())
+    first.close()
+    assert log.filters and sys.unraisablehook is not hook
+    second.close()
+    assert not log.filters and sys.unraisablehook is hook
+    assert checkpoint.steps(tmp_path / "a") == checkpoint.steps(tmp_path / "b") == [1]
+
+
+def test_a_run_has_its_own_place_in_memory(tmp_path, monkeypatch):
+    """Whatever its folder is called; a copy has another one. Nothing there is taken that is not a folder of one's own,
+    and nothing is deleted but checkpoints."""
+    monkeypatch.setattr(checkpoint, "MEMORY", tmp_path / "memory")
+    run = tmp_path / "run"
+    run.mkdir()
     with pytest.raises(ValueError, match="--memory-checkpoints: there is no memory-backed storage here"):
-        checkpoint.memory_folder()
+        checkpoint.memory_of(run)
+    checkpoint.MEMORY.mkdir()
+    place = checkpoint.memory_of(run)
+    assert place.parent == checkpoint.MEMORY and not place.exists()
+    shutil.copytree(run, tmp_path / "copy")
+    assert checkpoint.memory_of(run.rename(tmp_path / "moved")) == place != checkpoint.memory_of(tmp_path / "copy")
+    for step in (1, 2):
+        checkpoint.save(place, step, state(step), META, score=float(step))
+    assert place.stat().st_mode & 0o777 == 0o700
+    (place / "mine").write_text("x")
+    (tmp_path / "disk").mkdir()
+    checkpoint.move(place, tmp_path / "disk")
+    assert [path.name for path in place.iterdir()] == ["mine"]
+    assert tiny.equal(checkpoint.resume([tmp_path / "disk"], state(), META, {})[0], state(2))
+    assert checkpoint.restore_best([tmp_path / "disk"], state(), META, before=2)[1] == 1
+    (place / "mine").unlink()
+    checkpoint.forget(place)
+    assert not place.exists()
+    for make in (lambda: place.symlink_to(tmp_path), lambda: place.write_text("x")):
+        make()
+        with pytest.raises(ValueError, match="must be a folder of one's own; remove it"):
+            checkpoint.memory_of(tmp_path / "moved")
+        place.unlink()
 
 
 def test_keys_are_refused(tmp_path):

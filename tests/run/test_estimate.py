@@ -55,7 +55,7 @@ def test_the_tiny_run_takes_what_it_takes():
     again = estimate.of(tiny_run.train(), cfg, template, tiny_run.KEY(), done=1)
     assert again.flops / found.flops == pytest.approx(4 / 5)  # of 2 rounds and 3 blocks
     assert found.seconds == found.flops / estimate.CPU_FLOPS
-    assert str(found).startswith("rollouts 0 to ") and " MB of results" in str(found)
+    assert str(found).startswith("rollouts a second or two, memory ") and " MB of results" in str(found)
 
 
 def episodes(template):
