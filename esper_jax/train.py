@@ -359,12 +359,15 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     mesh = devices.make_mesh(cfg.devices)
     paired, everyone = cfg.reward.mode == "paired", round_of(cfg, names)
 
+    def placed(who: Who) -> Who:
+        return devices.split(who, mesh) if devices.several() else who
+
     def init(key: Array, hypers: Hypers | None = None) -> RunState:
         return devices.replicate(start(key, hypers), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:
-        env_key, learn_keys = devices.replicate(keys(key, run.round), mesh)
-        rows, _ = rollout(dataset, run, env_key, everyone)
+        env_key, learn_keys = devices.replicate(keys(devices.replicate(key, mesh), run.round), mesh)
+        rows, _ = rollout(dataset, run, env_key, placed(everyone))
         # one device learns from all episodes, so that the number of devices changes nothing, not a bit
         run, rows, metrics = learn(*devices.on_one((learn_keys, run, gather(rows))))
         return devices.replicate(run, mesh), Metrics(rows, metrics)
@@ -392,10 +395,10 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
             block = episodes[first : first + size]
             block = np.concatenate([block, np.repeat(episodes[:1], size - len(block), axis=0)])  # `never` costs least
             who = Who(*(np.ascontiguousarray(column.reshape(shape)) for column in block.T))
-            rows, grown = rollout(dataset, run, env_key, who)
+            rows, grown = rollout(dataset, run, env_key, placed(who))
             counts = (grown.germinated, grown.fossilised, grown.pruned, grown.rollbacks)
             test, text = report(dataset, grown)
-            result = jax.device_get(Comparison(rows, test, *counts, text))
+            result = devices.fetch(Comparison(rows, test, *counts, text))
             results.append((who, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), result)))
         together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
         if paired:
@@ -417,7 +420,7 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     def pay_block(run: RunState, who: Who, rows: Rollout, twin: np.ndarray) -> Rollout:
         course = jax.tree.map(lambda leaf: leaf.reshape(*who.env.shape, -1), reward.Course.of(rows.info))
         components = pay(run.hypers, *devices.split((who.policy, course, twin[who.env]), mesh))
-        return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), jax.device_get(components)))
+        return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), devices.fetch(components)))
 
     return Train(init, update, compare, names, dataset, programs)
 

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esper_jax.run import files
+from esper_jax.run import devices, files
 
 FINGERPRINT = "fingerprint.json"
 MEMORY = Path("/dev/shm")  # Linux's file system in memory
@@ -142,6 +142,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=_by_itself(ocp),
         )
         self.folder.mkdir(mode=0o700 if self.folder.parent == MEMORY else 0o777, parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -203,6 +205,16 @@ def _one_voice() -> Iterator[None]:
 
 _speaking: list[_Silence] = []  # of every manager that is open
 _hooks: list[Callable[[Any], Any]] = []  # what the first of them found
+
+
+def _by_itself(ocp: Any) -> Any:
+    """What tells Orbax that this process waits for no other one."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    mine = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
+    )
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -385,9 +397,9 @@ def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
     _check_files(place)
 
     blank = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
-    import orbax.checkpoint
+    import orbax.checkpoint as ocp
 
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_by_itself(ocp)) as checkpointer:
         read = checkpointer.restore(place / "state", _storable(blank))
     leaves = []
     for number, (path, like) in enumerate(wanted.items()):
@@ -395,7 +407,7 @@ def _restore(place: Path, template: Any, meta: dict[str, Any]) -> Any:
         if _facts(leaf) != recorded[path]:
             raise DamageError(f"{place}: {path} is not what was saved: its content has changed")
         sharding = getattr(like, "sharding", None)
-        leaves.append(jax.device_put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
+        leaves.append(devices.put(leaf, sharding) if sharding is not None else jax.numpy.asarray(leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 

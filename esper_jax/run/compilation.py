@@ -41,6 +41,7 @@ def spread(cfg: Config) -> Config:
         return cfg.n_envs % (n * cfg.env_chunk) == 0
 
     most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
+    most = jax.device_count() if devices.several() else most  # none may be idle: an uneven split is refused
     return cfg if cfg.devices else cfg.replace(devices=most)
 
 
@@ -139,11 +140,14 @@ def compile_ahead(
     started = time.perf_counter()
     run = run_template(train, cfg, key)
     keys = _placed(jax.eval_shape(train.programs.keys, key, run.round), on_each)
+    whole_key = _placed(jax.eval_shape(lambda: key), on_each)
     everyone = round_of(cfg, train.controllers)
+    if devices.several():
+        everyone = _placed(jax.eval_shape(lambda: everyone), split_over_devices)
     episodes = (train.dataset, run, keys[0], everyone)
     results = functools.cache(lambda: _placed(jax.eval_shape(train.programs.rollout, *episodes), split_over_devices))
     lower = {  # in the order in which a run needs them
-        "keys": lambda: jax.jit(train.programs.keys, out_shardings=on_each).lower(key, run.round),
+        "keys": lambda: jax.jit(train.programs.keys, out_shardings=on_each).lower(whole_key, run.round),
         "rollout": lambda: train.programs.rollout.lower(*episodes),
     }
     if cfg.rounds:

@@ -1,19 +1,28 @@
-"""The mesh over environments, and what devices exchange: the only file that knows how many devices there are."""
+"""The mesh over environments, and what devices and processes exchange: the only file that knows how many there are.
+
+A run of several processes is one program: each of them has the same configuration and data, holds its devices' share of
+the environments, and sees the results of all; the first one alone writes and talks. What is exchanged is exchanged from
+the main thread.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from esper_jax.config import Config
 
+T = TypeVar("T")
 AXIS = "env"
 SHARDED = PartitionSpec(None, AXIS)  # the second axis, environments, is split over the devices; the first is policies
 REPLICATED = PartitionSpec()  # every device holds all of it
@@ -107,6 +116,98 @@ def use_cpus(asked: int = 0) -> None:
             jax.config.update("jax_num_cpu_devices", max(usable_cpus(), min(asked, MOST_CPU_DEVICES)))
 
 
+HEARTBEAT_SECONDS = 30  # after which the others end when a process is gone
+
+
+def join(coordinator: str | None = None, n_processes: int | None = None, process: int | None = None) -> None:
+    """Makes this process one of several that share a run; to be called before anything asks for a device.
+
+    Without arguments JAX finds out from a cluster (SLURM, Open MPI, Kubernetes, TPU) what they are. Raises ValueError.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    with contextlib.suppress(AttributeError):  # it would take SIGTERM from the run
+        jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator, n_processes, process, initialization_timeout=60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except Exception as error:  # of every kind
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--distributed: the processes of the run cannot find each other ({reason[:300]})") from error
+
+
+def joined() -> bool:
+    return jax.distributed.is_initialized()
+
+
+def leave_together() -> None:
+    """Waits for the other processes, so that none ends as long as one needs it."""
+    if joined():
+        with contextlib.suppress(Exception):  # one is gone
+            jax.distributed.shutdown()
+
+
+def first() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+MOST_BYTES = 4096  # of a text that processes exchange
+
+
+def each_says(text: str) -> list[str]:
+    """What each process says; all have to call this at the same time."""
+    if not several():
+        return [text]
+    own = text.encode()[:MOST_BYTES]
+    said = multihost_utils.process_allgather(np.frombuffer(own.ljust(MOST_BYTES, b"\0"), np.uint8))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in said]
+
+
+class AllRefuse(ValueError):
+    """What one process of a run refused, in all of them."""
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """What `work` returns; where it refuses in one process (ValueError, OSError), all raise AllRefuse with its line."""
+    if not several():
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as raised:
+        error = raised
+    said = each_says("" if error is None else f"!{error}")
+    for number, line in enumerate(said):
+        if line:
+            agreed = isinstance(error, AllRefuse) or all(other == line for other in said)
+            raise AllRefuse(line[1:] if agreed else f"process {number}: {line[1:]}") from error
+    return result  # type: ignore[return-value]
+
+
+def of_first(work: Callable[[], str]) -> str:
+    """What `work` returns in the first process, which alone calls it; where it refuses, all do."""
+    result = all_or_none(lambda: work() if first() else "")
+    return each_says(result)[0]
+
+
+def any_says(yes: bool) -> bool:
+    """Whether any process says yes."""
+    return "yes" in each_says("yes" if yes else "no")
+
+
+def check_same(name: str, value: str) -> None:
+    """Raises ValueError in all processes unless they have the same of something."""
+    digests = each_says(hashlib.sha256(value.encode()).hexdigest())
+    if other := [number for number, digest in enumerate(digests) if digest != digests[0]]:
+        raise ValueError(f"process {other[0]} has another {name} than process 0: all must have the same")
+
+
 def backend() -> str:
     """Platform of the devices. Raises ValueError if JAX finds none, or not those that were asked for."""
     try:
@@ -132,6 +233,9 @@ def make_mesh(devices: int) -> Mesh:
 def check_divides(mesh: Mesh, cfg: Config) -> None:
     """Raises ValueError unless every device gets the same number of environments, in whole chunks."""
     least, name = mesh.size * cfg.env_chunk, type(cfg).__name__
+    if several() and mesh.size != jax.device_count():
+        allowed = f"{jax.device_count()}, all that the {jax.process_count()} processes have"
+        raise ValueError(f"{name}.devices = {cfg.devices}: must be {allowed}")
     if cfg.n_envs % least:
         devices = f"{mesh.size} devices times env_chunk = {cfg.env_chunk}"
         raise ValueError(f"{name}.n_envs = {cfg.n_envs}: must be a multiple of {least} ({devices})")
@@ -155,13 +259,38 @@ def over_devices(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> C
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+    """The tree, which every process holds, on every device."""
+    return _placed(tree, NamedSharding(mesh, REPLICATED))
 
 
 def split(tree: Any, mesh: Mesh) -> Any:
-    """Arrays [P, E, ...] with each device's share of the environments on it."""
-    return jax.device_put(tree, NamedSharding(mesh, SHARDED))
+    """Arrays [P, E, ...], which every process holds, with each device's share of the environments on it."""
+    return _placed(tree, NamedSharding(mesh, SHARDED))
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: put(leaf, sharding), tree) if several() else jax.device_put(tree, sharding)
+
+
+def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds, where the sharding says, without asking the others whether it is the same."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding))
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def fetch(tree: Any) -> Any:
+    """The whole tree as arrays of NumPy in every process; all have to call this at the same time."""
+    if not several():
+        return jax.device_get(tree)
+    here = lambda leaf: not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    whole = lambda leaf: leaf if here(leaf) else multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def gathered(mesh: Mesh) -> Callable:

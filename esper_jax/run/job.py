@@ -7,7 +7,9 @@ import errno
 import importlib
 import json
 import os
+import re
 import shlex
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -61,6 +63,14 @@ class JobOptions:
     outlive the process, but not the machine"""
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """check everything, say what would be computed and what it may take, and end"""
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """this is one of several processes that share the run, started by SLURM, Open MPI, Kubernetes or on a TPU"""
+    coordinator: str | None = None
+    """the same without a cluster: where process 0 can be reached by all, such as 10.0.0.1:1234"""
+    num_processes: int | None = number(None, above=0)
+    """with --coordinator: how many processes share the run"""
+    process_id: int | None = number(None, low=0)
+    """with --coordinator: which of them this one is, from 0 on"""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
     """print only warnings and the result"""
     force: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -120,6 +130,7 @@ def asked(argv: list[str], options: type[JobOptions], kind: type[C]) -> Asked[C]
     another experiment."""
     words = check_words(argv, options)
     word = lambda name: words[name][0] if name in words else None
+    join(word, "--distributed" in words)
     card, then = None, None
     if (resume := word("--resume")) is not None:
         card = provenance.read_card(Path(resume))
@@ -130,6 +141,27 @@ def asked(argv: list[str], options: type[JobOptions], kind: type[C]) -> Asked[C]
     backend = devices.backend()
     preset = card["preset"] if card else word("--preset") or ("quick" if backend == "cpu" else "full")
     return Asked(words, preset, card, then)
+
+
+def join(word: Callable[[str], str | None], distributed: bool) -> None:
+    """Makes this process one of several, if it is. Raises ValueError."""
+    address, *numbers = (word(name) for name in ("--coordinator", "--num-processes", "--process-id"))
+    given = [value for value in (address, *numbers) if value is not None]
+    if distributed and given:
+        raise ValueError("--distributed and --coordinator: give one of them")
+    if given and len(given) < 3:
+        raise ValueError("--coordinator, --num-processes and --process-id: give all three")
+    if given:
+        count, process = map(int, numbers)
+        if process >= count:
+            raise ValueError(f"--process-id {process}: must be below --num-processes {count}")
+        if not re.fullmatch(r".+:\d{1,5}", address):
+            raise ValueError(f"--coordinator {address}: must be HOST:PORT")
+        devices.use_cpus()
+        devices.join(address, count, process)
+    elif distributed:
+        devices.use_cpus()
+        devices.join()
 
 
 def check_resumed(chosen: JobOptions, cfg: Config, card: dict) -> None:
@@ -170,20 +202,25 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     """
     now = datetime.now()
     cfg = compilation.spread(options.config.replace(devices=1) if options.debug_nans else options.config)
-    console = Console(quiet=options.quiet)
+    silent = None if devices.first() else held.enter_context(open(os.devnull, "w"))
+    console = Console(quiet=options.quiet, file=silent)
+    devices.check_same("configuration", json.dumps([cfg.to_dict(), str(options.script)]))
     if not options.resume:
         options.check_data()
         name = Path("runs") / f"{now:%Y-%m-%d_%H%M%S}-{options.preset}-seed{cfg.seed}"
-        out = held.enter_context(folder.new(options.out or name, named=options.out is not None))
+        take = lambda: str(held.enter_context(folder.new(options.out or name, named=options.out is not None)))
+        out = Path(devices.of_first(take))
     else:
         out = options.resume
-        held.enter_context(folder.locked(out))
+        devices.of_first(lambda: str(held.enter_context(folder.locked(out))))
     before = provenance.read_card(out) if options.resume else {}
     every = options.checkpoint_every
     every = before.get("checkpoint_every", 1) if every is None else every
     in_memory = options.memory_checkpoints or before.get("memory_checkpoints", False)
     if in_memory and not every:
         raise ValueError("--checkpoint-every 0 and --memory-checkpoints: give one of them")
+    if in_memory and devices.several():
+        raise ValueError("--memory-checkpoints: the processes of a run do not share their memory")
     memory = checkpoint.memory_of(out) if in_memory else None
     rules, script = check(cfg, options.script or before.get("script"))
     estimate.check_counts(cfg, len(rules))
@@ -240,13 +277,7 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     _compare_parts(before, part, out, options.force, warn)
     if options.plan:
         raise Planned
-    # from here on files are changed
-    for line in checkpoint.set_aside(damaged):
-        warn(line)
-    if damaged:  # what was computed since the checkpoint that is gone on from is kept, too
-        records.RoundLog.set_aside(kept / "rounds", done, kept / "damaged_rounds")
-    if before.get("rebuilt") and (out / "run.json").exists():
-        (out / "run.json").replace(out / "run.json.damaged")
+    job = Job(options, cfg, out, console, train, key, run, meta, {}, meant, first, memory)
     card = {
         "status": "running",
         "command": command_line,
@@ -260,10 +291,19 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "memory_checkpoints": in_memory,
         **card,
     }
+    if not devices.first():
+        return job._replace(card=card)
+    # from here on files are changed
+    for line in checkpoint.set_aside(damaged):
+        warn(line)
+    if damaged:  # what was computed since the checkpoint that is gone on from is kept, too
+        records.RoundLog.set_aside(kept / "rounds", done, kept / "damaged_rounds")
+    if before.get("rebuilt") and (out / "run.json").exists():
+        (out / "run.json").replace(out / "run.json.damaged")
     if memory and not options.resume:
         checkpoint.forget(memory)  # of another run, whose folder is gone
     files.write_json(out / "run.json", card)
-    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first, memory)
+    return job._replace(card=card)
 
 
 def _checked(train: Train, cfg: Config) -> Train:
@@ -347,7 +387,7 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     """
     run, every, rounds = job.run, job.card["checkpoint_every"], job.cfg.rounds
     stop, start = stop or command.Interruption(), int(run.round)
-    log = records.RoundLog(job.disk / "rounds", start)
+    log = records.RoundLog(job.disk / "rounds", start, reader=not devices.first())
     metric = job.train.dataset.metric(job.train.dataset.validation)
     idle = np.zeros(job.cfg.policy_seeds, int)  # rounds in a row in which a policy took no step
     for arrays in map(log.arrays, range(max(0, start - MOST_IDLE_ROUNDS), start)):
@@ -364,6 +404,8 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
             idle = np.where(records.dead(arrays), idle + 1, 0)
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
             why = _why_idle(int(idle.argmax()), run, metrics) if idle.max() >= MOST_IDLE_ROUNDS else None
+            somebody = devices.any_says(stop.asked is not None)  # of all processes, each of which has to ask
+            stop.asked = stop.asked or (signal.SIGTERM if somebody else None)
             last = number + 1 == rounds or stop.asked or why
             planned = every and (number + 1) % every == 0
             if planned or (every and last):
@@ -393,7 +435,9 @@ class _Store:
         return self
 
     def save(self, step: int, run: RunState, **extra: Any) -> None:
-        """As `Checkpoints.save`; where memory fails, on disk from then on."""
+        """As `Checkpoints.save`, in the first process; where memory fails, on disk from then on."""
+        if not devices.first():
+            return
         try:
             self.to.save(step, run, **extra)
         except OSError as error:
@@ -407,6 +451,7 @@ class _Store:
 
     def restore_best(self, like: RunState, before: int) -> tuple[RunState, int] | None:
         self.to.wait()
+        devices.each_says("written")  # which others wait for
         places = [place for place in (self.job.memory, self.job.disk) if place]
         return checkpoint.restore_best(places, like, self.job.meta, before=before)
 
@@ -531,14 +576,40 @@ def stopped(error: OSError, out: Path) -> str:
     return f"{what}; {free}go on with --resume {shlex.quote(str(out))}"
 
 
+def parse_together(parse: Callable[[list[str]], JobOptions], argv: list[str]) -> JobOptions:
+    """The options of a command line; once processes have found each other, all have to be able to read theirs."""
+    chosen: JobOptions | None = None
+    refused: Exception | None = None
+    try:
+        chosen = parse(argv)
+    except (ValueError, OSError) as error:
+        if not devices.joined():
+            raise
+        refused = error
+
+    def mine() -> JobOptions:
+        if refused is not None:
+            raise refused
+        return chosen  # type: ignore[return-value]
+
+    return devices.all_or_none(mine) if devices.joined() else mine()
+
+
 def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
-    """The command line of an experiment: its exit code.
+    """The command line of an experiment: its exit code. Of several processes none ends before the others do.
 
     Args:
       program: how it is called, for messages.
       kind: what its arguments can be.
       parse: the options of its arguments. Raises ValueError for what cannot be.
     """
+    try:
+        return _main(program, kind, parse, argv)
+    finally:
+        devices.leave_together()
+
+
+def _main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
     command.use_plain_streams()
     compilation.spare_the_collector()
     # the call stack of every instruction is a fifth of a kept program
@@ -551,14 +622,18 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
         with stop.watched(), contextlib.ExitStack() as held:
             stop.tidy = held.close
             with command.refusing(ValueError, OSError):
-                job = prepare(parse(argv), " ".join([program, *argv]), held)
+                chosen = parse_together(parse, argv)
+                job = devices.all_or_none(lambda: prepare(chosen, " ".join([program, *argv]), held))
             try:
                 job = start(job)
                 run, rounds = learn(job, stop)
-                publish(job, rounds | compare(job, run))
+                arms = compare(job, run)
+                if devices.first():
+                    publish(job, rounds | arms)
             except command.Stopped:
-                with contextlib.suppress(OSError, ValueError):  # a full disk: the checkpoint is there
-                    report_stopped(job)
+                if devices.first():
+                    with contextlib.suppress(OSError, ValueError):  # a full disk: the checkpoint is there
+                        report_stopped(job)
                 command.say(stop.message())
                 return stop.code
             except checkify.JaxRuntimeError as error:

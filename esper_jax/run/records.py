@@ -141,10 +141,13 @@ _ROUND = re.compile(r"(\d{6})\.npz(\.tmp)?")
 class RoundLog:
     """A file per round, so that a run that was killed keeps the rounds it had done."""
 
-    def __init__(self, folder: Path, done: int = 0):
+    def __init__(self, folder: Path, done: int = 0, *, reader: bool = False):
         """Goes on after `done` rounds, whose hashes are then `known`; what a killed run wrote beyond them is dropped,
-        since it will be done again. Files with other names are somebody else's."""
-        self.folder = folder
+        since it will be done again. Files with other names are somebody else's. A `reader` writes and drops nothing."""
+        self.folder, self.reader = folder, reader
+        self.known: dict[str, str] = {}
+        if reader:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             match = _ROUND.fullmatch(path.name)
@@ -185,6 +188,8 @@ class RoundLog:
         return folder / f"{number:06d}.npz"
 
     def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
+        if self.reader:
+            return
         path = self._path(self.folder, number)
         write_arrays(path, arrays)
         self.known[path.name] = sha256(path)
