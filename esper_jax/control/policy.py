@@ -34,6 +34,7 @@ from esper_jax.types import (
 ILLEGAL_LOGIT = -1e4  # finite, so that a row without a legal choice yields numbers and not NaN
 FORGET_BIAS = 2.0  # one bias vector; the reference has two with 1.0 each
 NORM_EPS = 1e-5
+PRECISION = "highest"  # a GPU's faster products of fewer bits would make the ratio of old and new policy noisy
 # RELEVANCE[op, i]: op reads head HEADS[i]; every op reads the op head.
 RELEVANCE = np.array([[head == "op" or head in RELEVANT_HEADS[op] for head in HEADS] for op in Op])
 _OP, _SLOT = HEADS.index("op"), HEADS.index("slot")
@@ -93,7 +94,7 @@ def _orthogonal_blocks(gain: float, blocks: int) -> Callable[..., Array]:
 
 
 def _dense(size: int, gain: float = np.sqrt(2)) -> nn.Dense:
-    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain))
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain), precision=PRECISION)
 
 
 class _Network(nn.Module):
@@ -105,7 +106,9 @@ class _Network(nn.Module):
     def setup(self):
         self.encoder = _dense(self.hidden)
         self.encoder_norm = nn.LayerNorm(epsilon=NORM_EPS)
-        self.gates = nn.Dense(4 * self.hidden, kernel_init=nn.initializers.orthogonal(), bias_init=_forget_bias)
+        self.gates = nn.Dense(
+            4 * self.hidden, kernel_init=nn.initializers.orthogonal(), bias_init=_forget_bias, precision=PRECISION
+        )
         self.recurrent = self.param(
             "recurrent", nn.initializers.orthogonal(), (self.hidden, 4 * self.hidden), jnp.float32
         )
@@ -128,7 +131,7 @@ class _Network(nn.Module):
 
     def recur(self, carry: Carry, gates: Array) -> tuple[Carry, Array]:
         """One LSTM step from f32[4H]; gates in the order i, f, g, o."""
-        i, f, g, o = jnp.split(gates + carry.hidden @ self.recurrent, 4, axis=-1)
+        i, f, g, o = jnp.split(gates + jnp.dot(carry.hidden, self.recurrent, precision=PRECISION), 4, axis=-1)
         cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
         hidden = nn.sigmoid(o) * jnp.tanh(cell)
         return Carry(cell, hidden), hidden

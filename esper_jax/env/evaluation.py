@@ -135,10 +135,20 @@ def top_1(logits: Array, labels: Array) -> Array:
 def _forward_listed(
     model: Model, state: SlotState, x: Array, read: Callable[[Array], Array], on: Array, live: Array, dtype: str
 ) -> Array:
-    """What `read` makes of the logits under a list of on/off patterns bool[K, S], one after the other: `[K, ...]`."""
+    """What `read` makes of the logits under a list of on/off patterns bool[K, S], one after the other: `[K, ...]`.
+
+    Patterns that differ in slots that are not live are the same network, which runs once.
+    """
+    off = live & ~on
+    first = jnp.argmax((off[:, None] == off[None]).all(-1), axis=1)  # i32[K] the first pattern that is the same
 
     def one(pattern):
-        override = jnp.where(live & ~pattern, 0.0, jnp.nan)
+        override = jnp.where(pattern, 0.0, jnp.nan)
         return read(networks.forward(model, state, x, override, dtype=dtype)[0])
 
-    return lax.map(one, on)
+    def step(out, k):
+        return out.at[k].set(lax.cond(first[k] == k, lambda: one(off[k]), lambda: out[first[k]])), None
+
+    shape = jax.eval_shape(one, off[0])
+    out = jnp.zeros((on.shape[0], *shape.shape), shape.dtype)
+    return lax.scan(step, out, jnp.arange(on.shape[0]))[0]

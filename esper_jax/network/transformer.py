@@ -100,7 +100,7 @@ class HostVars:
         """Logits of one tile behind the last layer: `[N, L, d]` to f32 `[N, L, V]`."""
         h = sequences.layer_norm(tile, *self.params.norm)
         tokens = self.params.tokens.astype(h.dtype)
-        return jnp.einsum("nld,vd->nlv", h, tokens, preferred_element_type=jnp.float32)
+        return jnp.einsum("nld,vd->nlv", h, tokens, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _fold(key: Array | None, number: int | Array) -> Array | None:

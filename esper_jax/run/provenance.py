@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,8 @@ from esper_jax.run import checkpoint
 
 PACKAGE = Path(__file__).parent.parent
 PACKAGES = ("esper_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# What makes JAX compute on a GPU, where it is installed.
+PLUGINS = tuple(f"jax-cuda{version}-{part}" for version in (12, 13) for part in ("plugin", "pjrt"))
 # How long a run goes on and where: the configuration that may differ between a run and its continuation.
 NOT_COMPUTED = ("rounds", "report_envs", "devices")
 
@@ -33,6 +36,9 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    for plugin in PLUGINS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[plugin] = importlib.metadata.version(plugin)
     return found
 
 
