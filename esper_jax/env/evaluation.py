@@ -139,7 +139,7 @@ def _forward_listed(
 
     Patterns that differ in slots that are not live are the same network, which runs once.
     """
-    off = live & ~on
+    off = live[None] & ~on
     first = jnp.argmax((off[:, None] == off[None]).all(-1), axis=1)  # i32[K] the first pattern that is the same
 
     def one(pattern):
