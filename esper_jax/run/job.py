@@ -59,8 +59,8 @@ class JobOptions:
     checkpoint_every: int | None = number(None, low=0)
     """rounds between checkpoints; 0 writes none; by default 1, or what the run had that goes on"""
     memory_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
-    """keep checkpoints in memory-backed storage while the run goes on, and write only the last one to its folder: they
-    outlive the process, but not the machine"""
+    """keep checkpoints in memory-backed storage while the run goes on, and move them to its folder in the end: till
+    then they outlive the process, but not the machine"""
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """check everything, say what would be computed and what it may take, and end"""
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False

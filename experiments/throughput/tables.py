@@ -396,7 +396,7 @@ def learner_table(bench: Bench) -> Iterator[Row]:
     who = round_of(brief, train.controllers)
     rollout = lambda: train.programs.rollout(train.dataset, run, env_key, who)
     rows, _ = rollout()
-    learn = lambda: train.programs.learn(learn_keys, run, rows)
+    learn = lambda: train.programs.learn(*devices.on_one((learn_keys, run, train.programs.gather(rows))))
     twin_loss = jnp.broadcast_to(rows.info.val_loss[-1], rows.info.val_loss.shape)
     episodes = devices.split((who.policy, reward.Course.of(rows.info), twin_loss), mesh)
     pay = functools.partial(train.programs.pay, run.hypers, *episodes)
