@@ -388,7 +388,7 @@ def test_every_option_has_its_default_in_the_help():
         (["--rounds=-1"], "--rounds -1: must be at least 0"),
         (["--checkpoint-every", "-1"], "--checkpoint-every -1: must be at least 0"),
         (["--n-envs", "2147483640"], "--n-envs 2147483640: must be in (0, 65536]"),
-        (["--n_envs", "7"], "--n-envs 7: must be a multiple of 4 (ppo.minibatches)"),
+        (["--n_envs", "7"], "--n-envs 7: must be a multiple of 2 (ppo.minibatches)"),
         (["--ppo.minibatches", "5"], "--n-envs 8: must be a multiple of 5 (ppo.minibatches)"),
         (["--ppo.learning-rate", "nan"], "--ppo.learning-rate nan: must be finite and greater than 0"),
         (["--ppo.learning-rate", "1e-46"], "--ppo.learning-rate 1e-46: must be greater than 0 also as float32"),
@@ -740,7 +740,7 @@ def test_an_interrupt_while_compiling_ends_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--data", "digits", "--n-envs", "3"], "--n-envs 3: must be a multiple of 4 (ppo.minibatches)"),
+        (["--data", "digits", "--n-envs", "3"], "--n-envs 3: must be a multiple of 2 (ppo.minibatches)"),
         (["--data", "digits", "--training.batch-size", "5000"], "--training.batch-size 5000: must be at most"),
         (["--data", "digits", "--script", "{script}"], "script line 1: slot = '7': must be one of 0, 1"),
         (["--data", "digits", "--out", "{folder}"], "is not empty"),
