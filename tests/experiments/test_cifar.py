@@ -340,7 +340,7 @@ def test_data_that_are_looked_for_are_said_and_used(found):
         ("--preset smok", "--preset smok: must be one of smoke, quick, full"),
         ("--preset smoke --rounds -1", "--rounds -1: must be at least 0"),
         ("--host.kernel-size 2", "HostConfig.kernel_size = 2: must be odd"),
-        ("--n-envs 7", "Config.n_envs = 7: must be a multiple of 4"),
+        ("--n-envs 7", "Config.n_envs = 7: must be a multiple of 2"),
         ("--env-chunk 3", "Config.n_envs = 16: must be a multiple of 3"),
         ("--script nowhere", "--script nowhere: must be a text file"),
         ("--devices 1000", "Config.devices = 1000: must be at most"),
