@@ -1,6 +1,5 @@
 """Whatever a run is doing when its process is killed, going on from there ends with the bytes of a run that was not."""
 
-import json
 import os
 import random
 import signal
@@ -10,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from esper_jax.run import checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS = 20
@@ -28,12 +29,11 @@ def command(*options, cache):
     return subprocess.Popen(arguments, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
-def moments(run):
+def moments(run, memory):
     """What to wait for before a kill, over and over: a checkpoint is written, has got its name, is dropped; a round is
     written; nothing. Each is a function that says which of them there are now."""
-    memory = lambda: json.loads((run / "run.json").read_text()).get("memory") if (run / "run.json").exists() else None
-    there = lambda folder, pattern: frozenset(map(str, Path(folder).glob(pattern))) if folder else frozenset()
-    kept = lambda: memory() or run / "checkpoints"
+    there = lambda folder, pattern: frozenset(map(str, folder.glob(pattern)))
+    kept = lambda: checkpoint.memory_of(run) if memory and run.exists() else run / "checkpoints"
     return (
         lambda: there(kept(), "step_*tmp*"),
         lambda: there(kept(), "step_????????"),
@@ -58,7 +58,7 @@ def test_killed_twenty_times(tmp_path, memory):
     run, chance, done = tmp_path / "killed", random.Random(int(memory)), []
     for kill in range(KILLS):
         first, option = kill == 0, ["--memory-checkpoints"] * memory
-        wanted = moments(run)[kill % 5]
+        wanted = moments(run, memory)[kill % 5]
         before, wait = wanted(), chance.uniform(0, 0.02) * (kill % 3 > 0)
         process = command(
             *((*TINY, "--out", run) if first else ("--resume", run, "--quiet")), *option, cache=tmp_path / "cache"
