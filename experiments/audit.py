@@ -65,9 +65,7 @@ def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path,
 
 def audit(folder: Path, console: Console, data_dir: Path | None = None, text: tuple[str, ...] = ()) -> list[list[str]]:
     """The rows of the table, a mode each. Raises ValueError and OSError for what is no finished run."""
-    card = provenance.read_card(folder)
-    if card["status"] != "complete":
-        raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
+    card = provenance.read_finished(folder)
     cfg = Config.from_json(json.dumps(card["config"]))
     of_text = isinstance(cfg, TextConfig)
     if data_dir and of_text or text and not of_text:
@@ -109,21 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         """
         return run, data_dir, text
 
-    console = Console()
-    try:
-        with command.refusing(ValueError, OSError):
-            folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
-            table = text_table(COLUMNS, audit(folder, console, *places))
-            console.say(table, always=True)
-            files.write_text(folder / "audit.txt", table + "\n")
-    except command.Refusal as refusal:
-        return command.refused(refusal)
-    except KeyboardInterrupt:
-        command.say("stopped")
-        return command.STOPPED
-    except Exception as error:
-        return command.broken(error, None)
-    return 0
+    def work() -> None:
+        console = Console()
+        folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+        table = text_table(COLUMNS, audit(folder, console, *places))
+        console.say(table, always=True)
+        files.write_text(folder / "audit.txt", table + "\n")
+
+    return command.ended(work)
 
 
 if __name__ == "__main__":

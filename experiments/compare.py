@@ -38,9 +38,7 @@ class Finished(NamedTuple):
 
 def read(folder: Path) -> Finished:
     """Raises ValueError naming the folder or file for what is no finished run."""
-    card = provenance.read_card(folder)
-    if card["status"] != "complete":
-        raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
+    card = provenance.read_finished(folder)
     metrics = records.read_arrays(folder / "metrics.npz")
     try:
         kept, metric = tables.values(metrics), tables.metric_of(metrics)
@@ -112,16 +110,13 @@ def main(argv: list[str] | None = None) -> int:
         """
         return runs
 
-    console = Console()
-    try:
-        with command.refusing(ValueError, OSError):
-            folders = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
-            if len(folders) < 2:
-                raise ValueError(
-                    f"{' '.join(map(str, folders)) or 'no folder'}: must be the folders of two runs or more"
-                )
-            runs = [read(folder) for folder in folders]
-            check(runs)
+    def work() -> None:
+        console = Console()
+        folders = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+        if len(folders) < 2:
+            raise ValueError(f"{' '.join(map(str, folders)) or 'no folder'}: must be the folders of two runs or more")
+        runs = [read(folder) for folder in folders]
+        check(runs)
         console.table(*rows(runs))
         kind, data = runs[0].card["preset"], runs[0].card["data"]["name"]
         console.say(
@@ -129,14 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             "excludes 0. What was kept, on report-test.",
             always=True,
         )
-    except command.Refusal as refusal:
-        return command.refused(refusal)
-    except KeyboardInterrupt:
-        command.say("stopped")
-        return command.STOPPED
-    except Exception as error:
-        return command.broken(error, None)
-    return 0
+
+    return command.ended(work)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Checkpoints:
         *,
         score: float | None = None,
         about: dict[str, Any] | None = None,
-        beside: dict[str, str | None] | None = None,
+        beside: dict[str, str] | None = None,
     ) -> None:
         """Begins to write a state, once the one before is written.
 
@@ -179,37 +179,29 @@ class Checkpoints:
             raise OSError(number, reason, str(self.folder)) from error
 
 
-class _Silence(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
-
-
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
     """Orbax logs with tracebacks, and its threads cry out, about what is raised here in one line."""
-    silence, log = _Silence(), logging.getLogger("absl")
+    silence, log = lambda record: False, logging.getLogger("absl")
     log.addFilter(silence)
-    _speaking.append(silence)
-    if len(_speaking) == 1:
-        hook = sys.unraisablehook
-        sys.unraisablehook = lambda seen: None if "Event loop is closed" in str(seen.exc_value) else hook(seen)
-        _hooks.append(hook)
+    hook = _hooks[0] if _hooks else sys.unraisablehook
+    _hooks.append(hook)
+    sys.unraisablehook = lambda seen: None if "Event loop is closed" in str(seen.exc_value) else hook(seen)
     try:
         yield
     finally:
         log.removeFilter(silence)
-        _speaking.remove(silence)
-        if not _speaking:
-            sys.unraisablehook = _hooks.pop()
+        if len(_hooks) == 1:
+            sys.unraisablehook = hook
+        _hooks.pop()
 
 
-_speaking: list[_Silence] = []  # of every manager that is open
-_hooks: list[Callable[[Any], Any]] = []  # what the first of them found
+_hooks: list[Callable[[Any], Any]] = []  # what the first open manager found, once for each that is open
 
 
 def _by_itself(ocp: Any) -> Any:
     """What tells Orbax that this process waits for no other one."""
-    if jax.process_count() == 1:
+    if not devices.several():
         return ocp.options.MultiprocessingOptions()
     mine = jax.process_index()
     return ocp.options.MultiprocessingOptions(

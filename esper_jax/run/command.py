@@ -103,6 +103,21 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def ended(work: Callable[[], None]) -> int:
+    """The exit code of a small command that does this: what is wrong with what it was given is one line."""
+    try:
+        with refusing(ValueError, OSError):
+            work()
+    except Refusal as refusal:
+        return refused(refusal)
+    except KeyboardInterrupt:
+        say("stopped")
+        return STOPPED
+    except Exception as error:
+        return broken(error, None)
+    return 0
+
+
 def refused(error: Refusal | str) -> int:
     say(f"error: {error}")
     return REFUSED

@@ -37,12 +37,12 @@ T = TypeVar("T")
 def spread(cfg: Config) -> Config:
     """The configuration with the most devices that can share its environments evenly, if it does not name a number."""
 
-    def even(n: int) -> bool:
-        return cfg.n_envs % (n * cfg.env_chunk) == 0
-
-    most = max(filter(even, range(1, jax.device_count() + 1)), default=1)
-    most = jax.device_count() if devices.several() else most  # none may be idle: an uneven split is refused
-    return cfg if cfg.devices else cfg.replace(devices=most)
+    if cfg.devices:
+        return cfg
+    if devices.several():  # none may be idle: an uneven split is refused
+        return cfg.replace(devices=jax.device_count())
+    even = lambda n: cfg.n_envs % (n * cfg.env_chunk) == 0
+    return cfg.replace(devices=max(filter(even, range(1, jax.device_count() + 1)), default=1))
 
 
 def cache_folder() -> Path | None:

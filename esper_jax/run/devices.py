@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from esper_jax.config import Config
+from esper_jax.run import command
 
 T = TypeVar("T")
 AXIS = "env"
@@ -133,8 +134,8 @@ def join(coordinator: str | None = None, n_processes: int | None = None, process
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except Exception as error:  # of every kind
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--distributed: the processes of the run cannot find each other ({reason[:300]})") from error
+        reason = command.line(error)[:300]
+        raise ValueError(f"--distributed: the processes of the run cannot find each other ({reason})") from error
 
 
 def joined() -> bool:
@@ -154,7 +155,8 @@ def first() -> bool:
 
 
 def several() -> bool:
-    return jax.process_count() > 1
+    """Whether other processes share the run; asks for no device where none does."""
+    return joined() and jax.process_count() > 1
 
 
 MOST_BYTES = 4096  # of a text that processes exchange
@@ -175,12 +177,12 @@ class AllRefuse(ValueError):
 
 def all_or_none(work: Callable[[], T]) -> T:
     """What `work` returns; where it refuses in one process (ValueError, OSError), all raise AllRefuse with its line."""
-    if not several():
-        return work()
     result, error = None, None
     try:
         result = work()
     except (ValueError, OSError) as raised:
+        if not several():
+            raise
         error = raised
     said = each_says("" if error is None else f"!{error}")
     for number, line in enumerate(said):

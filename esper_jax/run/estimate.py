@@ -38,11 +38,16 @@ def check_counts(cfg: Config, n_rules: int) -> None:
 
     To be called before anything is made for them.
     """
-    row = 4 * observation.size(cfg.action_space)  # f32[D]
-    rows = cfg.policy_seeds + (cfg.reward.mode == "paired")
-    _check(rows * cfg.n_envs * cfg.training.epochs * row, "the episodes of a round")
-    arms = n_rules + len(LEARNED) * cfg.policy_seeds
-    _check(arms * cfg.report_envs * cfg.training.epochs * row, "the episodes of the comparison")
+    least = cfg.training.epochs * 4 * observation.size(cfg.action_space)  # f32[T, D]
+    of_round, of_comparison = episodes(cfg, n_rules)
+    _check(of_round * least, "the episodes of a round")
+    _check(of_comparison * least, "the episodes of the comparison")
+
+
+def episodes(cfg: Config, n_rules: int) -> tuple[int, int]:
+    """How many are played in a round, twins included, and in the comparison with so many rules."""
+    rows, arms = cfg.policy_seeds + (cfg.reward.mode == "paired"), n_rules + len(LEARNED) * cfg.policy_seeds
+    return rows * cfg.n_envs, arms * cfg.report_envs
 
 
 def of(train: Train, cfg: Config, run: Any, key: jax.Array, done: int = 0) -> Estimate:
@@ -59,9 +64,8 @@ def of(train: Train, cfg: Config, run: Any, key: jax.Array, done: int = 0) -> Es
     env_key = jax.eval_shape(train.programs.keys, key, run.round)[0]
     traced = train.programs.rollout.trace(train.dataset, run, env_key, everyone)
     rows, grown = traced.out_info
-    episodes = everyone.env.size
-    arms = len(train.controllers) - len(LEARNED) + len(LEARNED) * cfg.policy_seeds
-    blocks = math.ceil(arms * cfg.report_envs / episodes)
+    of_round, of_comparison = episodes(cfg, len(train.controllers) - len(LEARNED))
+    blocks = math.ceil(of_comparison / of_round)
     least, most = (flops(traced.jaxpr.jaxpr, pick) * n_devices for pick in (min, max))
     total = (least + most) / 2 * (cfg.rounds - done + blocks)
     per_device = nbytes((rows, grown)) // n_devices + nbytes((train.dataset, run))

@@ -157,10 +157,8 @@ def join(word: Callable[[str], str | None], distributed: bool) -> None:
             raise ValueError(f"--process-id {process}: must be below --num-processes {count}")
         if not re.fullmatch(r".+:\d{1,5}", address):
             raise ValueError(f"--coordinator {address}: must be HOST:PORT")
-        devices.use_cpus()
         devices.join(address, count, process)
     elif distributed:
-        devices.use_cpus()
         devices.join()
 
 
@@ -267,17 +265,16 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         console.facts(
             {"resume": f"after round {done}" + f", of which {again} more were done and are again" * (again > 1)}
         )
+    part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
+    part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
+    _compare_parts(before, part, out, options.force, warn)
     # tracing leaves a core to whatever has to be compiled besides
     init = {"init": lambda: train.init(key)} if run is None and not options.plan else {}
     first = compilation.background(init).get("init")
     with console.step("estimate", "rollouts and memory") as said:
         said.append(str(estimate.of(train, cfg, template, key, done)))
-    part = {"command": command_line, "started": now.isoformat(timespec="seconds")}
-    part |= {name: card[name] for name in ("versions", "source", "device", "config_hash")}
-    _compare_parts(before, part, out, options.force, warn)
     if options.plan:
         raise Planned
-    job = Job(options, cfg, out, console, train, key, run, meta, {}, meant, first, memory)
     card = {
         "status": "running",
         "command": command_line,
@@ -291,19 +288,35 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "memory_checkpoints": in_memory,
         **card,
     }
-    if not devices.first():
-        return job._replace(card=card)
-    # from here on files are changed
+    if devices.first():
+        _begin(out, card, before, damaged, done, None if options.resume else memory, warn)
+    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first, memory)
+
+
+def _begin(
+    out: Path,
+    card: dict,
+    before: dict,
+    damaged: list[tuple[Path, str]],
+    done: int,
+    old: Path | None,
+    warn: Callable[[str], None],
+) -> None:
+    """The first changes to the files of a run: what is damaged is set aside, then its card is written.
+
+    Args:
+      old: where checkpoints of another run may be, whose folder is gone.
+    """
+    kept = out / "checkpoints"
     for line in checkpoint.set_aside(damaged):
         warn(line)
     if damaged:  # what was computed since the checkpoint that is gone on from is kept, too
         records.RoundLog.set_aside(kept / "rounds", done, kept / "damaged_rounds")
     if before.get("rebuilt") and (out / "run.json").exists():
         (out / "run.json").replace(out / "run.json.damaged")
-    if memory and not options.resume:
-        checkpoint.forget(memory)  # of another run, whose folder is gone
+    if old:
+        checkpoint.forget(old)
     files.write_json(out / "run.json", card)
-    return job._replace(card=card)
 
 
 def _checked(train: Train, cfg: Config) -> Train:
@@ -366,8 +379,8 @@ def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) ->
     shape = {"example": dataset.example, "outputs": dataset.outputs, "blueprints": cfg.lifecycle.blueprints}
     host = jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host
     epochs, twins = cfg.training.epochs, " and their twins" if cfg.reward.mode == "paired" else ""
-    rows = cfg.policy_seeds + bool(twins)
-    total = epochs * (cfg.rounds * cfg.n_envs * rows + (rules + len(LEARNED) * cfg.policy_seeds) * cfg.report_envs)
+    of_round, of_comparison = estimate.episodes(cfg, rules)
+    total = epochs * (cfg.rounds * of_round + of_comparison)
     console.facts({
         "host": f"{param_count(host):,} parameters  {len(cfg.host.slot_names)} slots  "
         + "blueprints " + " ".join(cfg.lifecycle.offered),
@@ -576,25 +589,6 @@ def stopped(error: OSError, out: Path) -> str:
     return f"{what}; {free}go on with --resume {shlex.quote(str(out))}"
 
 
-def parse_together(parse: Callable[[list[str]], JobOptions], argv: list[str]) -> JobOptions:
-    """The options of a command line; once processes have found each other, all have to be able to read theirs."""
-    chosen: JobOptions | None = None
-    refused: Exception | None = None
-    try:
-        chosen = parse(argv)
-    except (ValueError, OSError) as error:
-        if not devices.joined():
-            raise
-        refused = error
-
-    def mine() -> JobOptions:
-        if refused is not None:
-            raise refused
-        return chosen  # type: ignore[return-value]
-
-    return devices.all_or_none(mine) if devices.joined() else mine()
-
-
 def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
     """The command line of an experiment: its exit code. Of several processes none ends before the others do.
 
@@ -622,7 +616,7 @@ def _main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], Job
         with stop.watched(), contextlib.ExitStack() as held:
             stop.tidy = held.close
             with command.refusing(ValueError, OSError):
-                chosen = parse_together(parse, argv)
+                chosen = devices.all_or_none(lambda: parse(argv))  # while it is read, processes find each other
                 job = devices.all_or_none(lambda: prepare(chosen, " ".join([program, *argv]), held))
             try:
                 job = start(job)

@@ -94,6 +94,14 @@ def read_card(folder: Path) -> dict[str, Any]:
         return _checked_card(kept, folder / "run.json") | {"rebuilt": True}
 
 
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The run card of a run that is complete. Raises ValueError for another."""
+    card = read_card(folder)
+    if card["status"] != "complete":
+        raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
+    return card
+
+
 def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:

@@ -28,7 +28,7 @@ from esper_jax.env import host_training
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
 from esper_jax.network.blueprints import Blueprint
-from esper_jax.run import devices
+from esper_jax.run import compilation, devices
 from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.train import over_environments
 from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, AlphaMode, SlotState, Stage
@@ -97,8 +97,7 @@ class Program(NamedTuple):
     @property
     def mebibytes(self) -> float:
         """Arguments, results and scratch space on one device, by the compiler's own account."""
-        m = self.compiled.memory_analysis()
-        return (m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes) / 2**20
+        return compilation.program_bytes(self.compiled) / 2**20
 
 
 def build(body: Callable, n_devices: int, in_specs: tuple, *args) -> Program:

@@ -244,6 +244,19 @@ def evaluation_table(bench: Bench) -> Iterator[Row]:
         yield from _evaluation_rows(dataclasses.replace(bench, cfg=cfg), n_slots)
 
 
+def evaluator(bench: Bench, chunk: int) -> Callable:
+    """Body of a program that evaluates environments on the validation split under all configurations."""
+    t = bench.cfg.training
+
+    def body(dataset, models, records, axis_name):
+        split = dataset.validation
+        how = {"metric": dataset.metric(split), "tile_pixels": t.tile_pixels, "dtype": t.compute_dtype}
+        one = lambda env: evaluation.evaluate(*env, split.inputs, split.labels, dataset.prepare, **how)
+        return over_environments(one, (models, records), chunk)
+
+    return body
+
+
 def _evaluation_rows(
     bench: Bench, n_slots: int, table: str = "evaluation", prefix: str = "", blueprint: str = "conv_light"
 ) -> Iterator[Row]:
@@ -254,12 +267,6 @@ def _evaluation_rows(
     override = np.where(
         attribution.configurations(n_slots), np.float32(np.nan), np.float32(0)
     )  # f32[K, S], NaN keeps a slot on
-
-    def fused(dataset, models, records, axis_name):
-        split = dataset.validation
-        how = {"metric": dataset.metric(split), "tile_pixels": tile_pixels, "dtype": dtype}
-        one = lambda env: evaluation.evaluate(*env, split.inputs, split.labels, dataset.prepare, **how)
-        return over_environments(one, (models, records), chunk)
 
     def correct(env, dataset, alpha):
         split = dataset.validation
@@ -281,7 +288,7 @@ def _evaluation_rows(
     each = [plain.bind(*args, alpha) for alpha in override]
     runs = {
         "forward": each[-1],
-        "fused": build(fused, n, specs, *args).bind(*args),
+        "fused": build(evaluator(bench, chunk), n, specs, *args).bind(*args),
         "vmapped": build(vmapped, n, (*specs, REPLICATED), *args, override).bind(*args, override),
         "loop": lambda: [jax.block_until_ready(run()) for run in each],
     }
@@ -307,20 +314,15 @@ def batched_table(bench: Bench) -> Iterator[Row]:
     lead = lambda leaf, other: jnp.concatenate([leaf[:1], other[1:]])
     populations = {"empty": none, "one": jax.tree.map(lead, full, none), "mixed": mixture(small, envs), "all": full}
 
-    def evaluate(dataset, models, records, axis_name, chunk):
-        split, t = dataset.validation, cfg.training
-        how = {"metric": dataset.metric(split), "tile_pixels": t.tile_pixels, "dtype": t.compute_dtype}
-        one = lambda env: evaluation.evaluate(*env, split.inputs, split.labels, dataset.prepare, **how)
-        return over_environments(one, (models, records), chunk)
-
     indices = small.indices(envs, bench.size.growth_batches, cfg.training.batch_size)
     for what in ("evaluation", "training"):
         programs, runs = {}, {}
         for size in (1, chunk):
             if what == "evaluation":
                 args = lambda states: (small.dataset, states.model, states.slots)
-                body = functools.partial(evaluate, chunk=size)
-                programs[size] = build(body, small.n_devices(envs), (REPLICATED, SHARDED, SHARDED), *args(none))
+                programs[size] = build(
+                    evaluator(small, size), small.n_devices(envs), (REPLICATED, SHARDED, SHARDED), *args(none)
+                )
             else:
                 args = lambda states: (small.dataset, states.model, states.optimiser, states.slots, indices)
                 programs[size] = train_program(small, args(none), size, cfg.training)
