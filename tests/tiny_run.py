@@ -4,6 +4,10 @@ all tests of runs."""
 import contextlib
 import functools
 import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
@@ -32,8 +36,17 @@ CONFIG = tiny.CONFIG.replace(
 RULES = functools.cache(
     lambda: {"never": baselines.never(), "random": baselines.random(), "eager": baselines.eager("norm")}
 )
+ROOT = pathlib.Path(__file__).parent.parent
+BYTES = ("metrics.npz", "outcomes.csv", "lifecycle.jsonl", "summary.txt")  # the files of a run that hold no time
 ARMS = ("never", "random", "eager", "policy", "policy_greedy")
 ROWS = ("never", "random", "eager", "policy", "policy", "policy_greedy", "policy_greedy")  # of arms/<field>
+
+
+def command(*options, **environment):
+    """The main job as a process of its own, on CPUs, its output in pipes."""
+    arguments = [sys.executable, "-W", "error", "-m", "experiments.cifar", *map(str, options)]
+    env = {**os.environ, **environment, "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+    return subprocess.Popen(arguments, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def as_users_compile(function, optimised=True):

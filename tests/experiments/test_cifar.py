@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,23 +32,14 @@ from esper_jax.run.console import Console
 from experiments import audit, cifar
 
 jax.device_count()  # the tests' devices are there before a command asks for others
-ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "checkpoints", "curves.png", "grown.png", "learning.png", "lifecycle.jsonl", "metrics.npz", "outcomes.csv",
     "report.html", "run.json", "seeds.png", "summary.txt",
 }  # fmt: skip
 
 
-def command(*options, **kwargs):
-    arguments = [sys.executable, "-W", "error", "-m", "experiments.cifar", *map(str, options)]
-    env = {**os.environ, **kwargs.pop("env", {}), "JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
-    )
-
-
-def run(*options, **kwargs):
-    process = command(*options, **kwargs)
+def run(*options):
+    process = tiny_run.command(*options)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -724,7 +714,7 @@ def test_the_same_data_may_lie_elsewhere(main, monkeypatch, tmp_path):
 
 def test_an_interrupt_while_compiling_ends_at_once(tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
-    process = command("--preset", "smoke", "--data", "digits", "--out", tmp_path / "run", env=env)
+    process = tiny_run.command("--preset", "smoke", "--data", "digits", "--out", tmp_path / "run", **env)
     while not (line := process.stdout.readline()).startswith("  compile"):
         assert line, process.communicate()
     assert (tmp_path / "run" / folder.LOCK).exists()

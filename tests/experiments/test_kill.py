@@ -1,18 +1,14 @@
 """Whatever a run is doing when its process is killed, going on from there ends with the bytes of a run that was not."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+import tiny_run
 
 from esper_jax.run import checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
 KILLS = 20
 TINY = (
     "--preset", "smoke", "--data", "digits", "--training.epochs", "4", "--training.batches-per-epoch", "1",
@@ -20,13 +16,6 @@ TINY = (
     "--ppo.minibatches", "1", "--ppo.hidden-size", "8", "--devices", "1", "--rounds", "80", "--policy-seeds", "2",
     "--quiet",
 )  # fmt: skip
-BYTES = ("metrics.npz", "outcomes.csv", "lifecycle.jsonl", "summary.txt")  # what holds no time
-
-
-def command(*options, cache):
-    arguments = [sys.executable, "-W", "error", "-m", "experiments.cifar", *map(str, options)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
-    return subprocess.Popen(arguments, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 def moments(run, memory):
@@ -50,7 +39,7 @@ def test_killed_twenty_times(tmp_path, memory):
     or to a round; two while files are published."""
 
     def finished(*options):
-        process = command(*options, cache=tmp_path / "cache")
+        process = tiny_run.command(*options, XDG_CACHE_HOME=str(tmp_path / "cache"))
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
 
@@ -60,8 +49,10 @@ def test_killed_twenty_times(tmp_path, memory):
         first, option = kill == 0, ["--memory-checkpoints"] * memory
         wanted = moments(run, memory)[kill % 5]
         before, wait = wanted(), chance.uniform(0, 0.02) * (kill % 3 > 0)
-        process = command(
-            *((*TINY, "--out", run) if first else ("--resume", run, "--quiet")), *option, cache=tmp_path / "cache"
+        process = tiny_run.command(
+            *((*TINY, "--out", run) if first else ("--resume", run, "--quiet")),
+            *option,
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
         )
         if kill < KILLS - 2:
             while not wanted() - before:
@@ -76,7 +67,7 @@ def test_killed_twenty_times(tmp_path, memory):
         done.append(len(list((run / "checkpoints" / "rounds").glob("*.npz"))))
     assert not (run / "report.html").exists()
     finished("--resume", run, "--quiet")
-    for name in BYTES:
+    for name in tiny_run.BYTES:
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list(run.glob("**/*tmp*"))
     print(f"rounds done at each of {KILLS} kills: {done}")

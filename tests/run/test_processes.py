@@ -1,30 +1,23 @@
 """Several processes that share a run, on this machine: the bytes of one process, and all refuse what one refuses."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+import tiny_run
 
-ROOT = Path(__file__).parent.parent.parent
 TINY = (
     "--preset", "smoke", "--data", "digits", "--training.epochs", "4", "--training.batches-per-epoch", "1",
     "--lifecycle.blueprints", "norm", "--host.base-channels", "4", "--n-envs", "4", "--report-envs", "4",
     "--ppo.minibatches", "2", "--ppo.hidden-size", "8", "--rounds", "2", "--policy-seeds", "2", "--quiet",
 )  # fmt: skip
-BYTES = ("metrics.npz", "outcomes.csv", "lifecycle.jsonl", "summary.txt")  # what holds no time
 SECONDS = 240
 
 
 def start(*options, cpus, cache):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpus), "XDG_CACHE_HOME": str(cache)}
-    env |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-W", "error", "-m", "experiments.cifar", *map(str, options)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    few = {"JAX_NUM_CPU_DEVICES": str(cpus), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return tiny_run.command(*options, XDG_CACHE_HOME=str(cache), **few)
 
 
 def together(cache, *each, count=2):
@@ -52,7 +45,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path):
     alone = start(*TINY, "--out", one, "--devices", 2, cpus=2, cache=tmp_path / "cache")
     assert ends([alone])[0] == [0]
     assert ends(together(tmp_path / "cache", *[(*TINY, "--out", two)] * 2)) == ([0, 0], [[], []])
-    for name in BYTES:
+    for name in tiny_run.BYTES:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert not list(two.glob("traceback*"))
 
@@ -73,7 +66,7 @@ def test_a_signal_to_one_stops_all_and_one_goes_on(tmp_path):
     assert ends([alone])[0] == [0]
     alone = start(*swap(TINY, "--rounds", done + 1), "--out", whole, cpus=1, cache=cache)
     assert ends([alone])[0] == [0]
-    for name in BYTES:
+    for name in tiny_run.BYTES:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
