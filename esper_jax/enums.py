@@ -11,6 +11,8 @@ from enum import IntEnum
 # Arms of a comparison: the bare host, the learned policy as it acts by chance, and by its likeliest action.
 BASELINE, POLICY, GREEDY = "never", "policy", "policy_greedy"
 LEARNED = (POLICY, GREEDY)
+# Controllers whose orders an episode brings along (`train.Orders`); no run compares them by itself.
+PLANNED, MATCHED = "planned", "matched"
 
 
 class Stage(IntEnum):

@@ -4,6 +4,7 @@
     run = train.init(key)
     run, metrics = train.update(key, run)        # one round; the same key every time, the round number is in `run`
     results = train.compare(key, run, ["never", "eager"])   # episodes of controllers on keys that they all share
+    twins, played = train.play(round_key(key, 0), run, who)  # any episodes, see `episodes` and `Orders`
 
 P policies are trained side by side in one program: whatever belongs to one of them has a leading axis P, and policy p
 of a run is the one that it would be alone. `run.hypers` too, so a grid of reward weights or learning rates is one run.
@@ -21,7 +22,8 @@ Keys (`/ x` is `fold_in(x)`, `| a b` a split into a and b):
       / ROUND_STREAM / round   | env learn
           env / environment    | host step act
             host                                  initial parameters of the host
-            step / epoch       | germination train
+              host / fossils / slot | seed gate   of seeds that it has from birth
+            step / epoch       | germination train   (where an episode has another luck: / luck)
               germination / slot | seed gate      parameters of a new seed and its gate
               train / rollbacks  | order augment  batches and their augmentation
             act / policy / epoch                  what a controller draws
@@ -49,7 +51,7 @@ from esper_jax.config import Config
 from esper_jax.control import baselines, normalizers, policy, ppo
 from esper_jax.control.arms import choose, default_controllers
 from esper_jax.control.normalizers import RunningStatistics
-from esper_jax.enums import BASELINE, GREEDY, LEARNED, POLICY
+from esper_jax.enums import BASELINE, GREEDY, HEADS, LEARNED, MATCHED, PLANNED, POLICY, Op, Stage
 from esper_jax.env import observation, reward
 from esper_jax.env.environment import Grown, StepInfo, make_env
 from esper_jax.env.evaluation import Evaluation
@@ -57,7 +59,7 @@ from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.run import devices
 from esper_jax.run.devices import REPLICATED, SHARDED
 from esper_jax.trees import select, strip_weak_type
-from esper_jax.types import Action, Array, Controller, Masks
+from esper_jax.types import Action, Array, Controller, Masks, SlotState
 
 # What a run's key is folded with, before the number of the policy, or those of the round and the environment.
 INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
@@ -69,6 +71,7 @@ class Hypers:
 
     reward: RewardWeights  # its gamma is not read: the learner's is
     ppo: ppo.Hypers
+    sight: Array | float = 1.0  # what observations are multiplied by, but for the time; 0 is blind
 
     @classmethod
     def from_config(cls, cfg: Config) -> Hypers:
@@ -125,16 +128,17 @@ class Metrics:
 class Comparison:
     """Episodes of one controller and what the report-test split says about the networks they ended with.
 
-    Axes [P, R, ...] with R = `report_envs`; P is 1 for a rule.
+    Axes [P, R, ...] with R = `report_envs`; P is 1 for a rule. Of `play`: [N, ...], an episode each.
     """
 
     rollout: Rollout
-    test: Evaluation
+    test: Evaluation | None  # None where only training was asked for
     germinated: Array  # i32[P, R]
     fossilised: Array
     pruned: Array
     rollbacks: Array
-    text: Array  # i32[P, R, length] what the committed network writes; [P, R, 0] of images
+    shape: Array  # i32[P, R, S, 2] blueprint and algorithm of what was kept, -1 where nothing was; see `Orders`
+    text: Array | None  # i32[P, R, length] what the committed network writes; [P, R, 0] of images
 
 
 class Programs(NamedTuple):
@@ -164,15 +168,44 @@ class Compare(Protocol):
         """Episodes of controllers on keys that they share."""
 
 
+class Play(Protocol):
+    def __call__(self, key: Array, run: RunState, who: Who, report: bool = True) -> tuple[Comparison, Comparison]:
+        """Episodes of one's choice, [N] of everything in `who`, on a key of `round_key` or `report_key`.
+
+        Returns the twins of their environments, in ascending order and once for every luck, and the episodes. Without
+        `report` the report-test split stays unseen: what is chosen by such episodes was not chosen by it.
+        """
+
+
 class Train(NamedTuple):
     """Pure functions of a run, see the module's docstring; `programs` is no part of the interface."""
 
     init: InitRun
     update: Update
     compare: Compare
+    play: Play
     controllers: tuple[str, ...]
     dataset: data.Dataset
     programs: Programs
+
+
+class Orders(NamedTuple):
+    """What an episode is told besides who acts in it, i32 with the axes of `Who` in front."""
+
+    shape: np.ndarray  # [S, 2] seeds from birth on, as in `env.init`
+    action: np.ndarray  # [T, 8] heads of the actions before each epoch that are played instead; op -1: as controlled
+    plan: np.ndarray  # [S, 3] of the controller PLANNED, see `baselines.planned`
+    ops: np.ndarray  # [6] of the controller MATCHED, see `baselines.matched`
+    luck: np.ndarray  # [T] what the keys of each epoch, of host and controller, are folded with besides; 0: nothing
+
+    @classmethod
+    def none(cls, cfg: Config, axes: tuple[int, ...]) -> Orders:
+        slots = len(cfg.host.slot_names)
+        fill = lambda *shape, value: np.full((*axes, *shape), value, np.int32)
+        return cls(
+            fill(slots, 2, value=-1), fill(cfg.training.epochs, len(HEADS), value=-1), fill(slots, 3, value=0),
+            fill(len(Op), value=0), fill(cfg.training.epochs, value=0),
+        )  # fmt: skip
 
 
 class Who(NamedTuple):
@@ -181,9 +214,40 @@ class Who(NamedTuple):
     Arrays of NumPy: of JAX, they would cost a program to fill them and one to split them.
     """
 
-    controller: np.ndarray  # its number
+    controller: np.ndarray  # its number in `numbers`
     policy: np.ndarray  # whose parameters and hypers
     env: np.ndarray  # its number
+    orders: Orders
+
+
+def numbers(names: Sequence[str]) -> dict[str, int]:
+    """The number of each controller, given those that a run compares."""
+    return {name: number for number, name in enumerate((*names, PLANNED, MATCHED))}
+
+
+def episodes(cfg: Config, names: Sequence[str], who: Sequence[tuple[str, int, int]]) -> Who:
+    """Episodes of (controller, policy, environment) without orders, [N] each. Raises ValueError for a name that is
+    none of `names`."""
+    number = numbers(names)
+    for name, *_ in who:
+        if name not in number:
+            raise ValueError(f"controller {name!r}: must be one of {', '.join(names)}")
+    columns = np.array([(number[name], policy, env) for name, policy, env in who], np.int32).reshape(-1, 3).T
+    return Who(*map(np.ascontiguousarray, columns), Orders.none(cfg, (len(who),)))
+
+
+def _round_keys(key: Array, number: Array | int) -> Array:
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number))
+
+
+def round_key(key: Array, number: int) -> Array:
+    """The key of the environments that a round trains on."""
+    return _round_keys(key, number)[0]
+
+
+def report_key(key: Array) -> Array:
+    """The key of the environments that controllers are compared in."""
+    return jax.random.fold_in(key, COMPARE_STREAM)
 
 
 def over_environments(fun: Callable, xs: Any, chunk: int) -> Any:
@@ -218,37 +282,53 @@ def make_train(
     devices.check_divides(mesh, cfg)
     dataset = devices.replicate(data.load(cfg.data) if dataset is None else dataset, mesh)
     rules = dict(default_controllers(cfg) if controllers is None else controllers)
-    for name in LEARNED:
+    for name in (*LEARNED, PLANNED, MATCHED):
         if name in rules:
-            raise ValueError(f"a controller called {name!r} is given: that name is the learned policy's")
+            whose = "the learned policy's" if name in LEARNED else "one that brings its orders along"
+            raise ValueError(f"a controller called {name!r} is given: that name is {whose}")
     rules = {BASELINE: baselines.never()} | rules
     space, n_policies, paired = cfg.action_space, cfg.policy_seeds, cfg.reward.mode == "paired"
     n_features = observation.size(space)
     decided = jnp.arange(cfg.training.epochs, dtype=jnp.int32) > 0  # rows that a decision began
+    time = jnp.asarray(observation.is_time(space))
+    names = (*rules, *LEARNED)
+    greedy = names.index(GREEDY)
+
+    def look(statistics: RunningStatistics, hypers: Hypers, features):
+        """What a policy gets to see, f32[..., D]."""
+        return jnp.where(time, 1.0, hypers.sight) * normalizers.normalise(statistics, features)
 
     def rollout(dataset, run: RunState, key, who: Who, axis_name):
         def episode(which: Who):
-            number, learner, env_id = which
+            number, learner, env_id, orders = which
             params, statistics, hypers = jax.tree.map(
                 lambda leaf: leaf[learner], (run.learner.params, run.observations, run.hypers)
             )
             env = make_env(cfg, dataset, hypers.weights)
-            normalise = partial(normalizers.normalise, statistics)
-            learned = policy.make_controller(space, params, normalise, deterministic=number == names.index(GREEDY))
-            controller = choose([*rules.values(), learned], jnp.minimum(number, len(rules)))
+            sees = partial(look, statistics, hypers)
+            learned = policy.make_controller(space, params, sees, deterministic=number == greedy)
+            told = baselines.planned(orders.plan, lifecycle=cfg.lifecycle), baselines.matched(orders.ops)
+            controller = choose([*rules.values(), learned, *told], number - (number >= greedy))
             init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
             act_key = jax.random.fold_in(act_key, learner)
-            state = env.init(init_key)
+            state = env.init(init_key, orders.shape)
             fresh = controller.init(act_key)
 
             def epoch(carry, t):
                 state, obs, memory, reset = carry
                 memory = select(reset, fresh, memory)
-                thought, action, extras = controller.act(jax.random.fold_in(act_key, t), memory, obs)
+                luck = orders.luck[t]
+                step_now, act_now = (
+                    jnp.where(luck == 0, now, jax.random.fold_in(now, luck))
+                    for now in (jax.random.fold_in(step_key, t), jax.random.fold_in(act_key, t))
+                )
+                thought, action, extras = controller.act(act_now, memory, obs)
+                order = Action(**dict(zip(HEADS, orders.action[t], strict=True)))
+                action = select(order.op >= 0, order, action)
                 # a newborn environment trains its first epoch before there is anything to decide
                 birth = t == 0
                 memory, action = select(birth, (memory, Action()), (thought, action))
-                new_state, new_obs, earned, _, info = env.step(jax.random.fold_in(step_key, t), state, action)
+                new_state, new_obs, earned, _, info = env.step(step_now, state, action)
                 terminal = info.discount == 0
                 row = Rollout(
                     obs.features, obs.masks, action, extras.log_prob, extras.value, earned, terminal, reset, info
@@ -281,7 +361,7 @@ def make_train(
         returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1))
         scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
         trajectory = ppo.Trajectory(
-            features=normalizers.normalise(observations, rows.features),
+            features=look(observations, hypers, rows.features),
             masks=rows.masks,
             action=rows.action,
             log_prob=rows.log_prob,
@@ -332,11 +412,9 @@ def make_train(
         return strip_weak_type(RunState(jnp.int32(0), hypers, *policies))
 
     def keys(key, number):
-        round_key = jax.random.fold_in(jax.random.fold_in(key, ROUND_STREAM), number)
-        env_key, learn_key = jax.random.split(round_key)
+        env_key, learn_key = _round_keys(key, number)
         return env_key, each_policy(learn_key)
 
-    names = (*rules, *LEARNED)
     programs = Programs(
         rollout=devices.over_devices(rollout, mesh, (*[REPLICATED] * 3, SHARDED), SHARDED),
         pay=devices.over_devices(pay, mesh, (REPLICATED, SHARDED, SHARDED, SHARDED), SHARDED),
@@ -355,7 +433,7 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     Args:
       names: of the controllers, in the order of their numbers.
     """
-    rollout, pay, gather, learn, report, start, keys = programs
+    rollout, pay, gather, learn, _, start, keys = programs
     mesh = devices.make_mesh(cfg.devices)
     paired, everyone = cfg.reward.mode == "paired", round_of(cfg, names)
 
@@ -372,62 +450,70 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
         run, rows, metrics = learn(*devices.on_one((learn_keys, run, gather(rows))))
         return devices.replicate(run, mesh), Metrics(rows, metrics)
 
-    def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
-        """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them.
-
-        A rule is paid by the hypers of policy 0.
-
-        They are played in blocks of the size of a round, which is compiled already; what the last block has too many
-        is dropped. The twin is played too, whether it is asked for or not.
-        """
-        for name in controllers:
-            if name not in names:
-                raise ValueError(f"controller {name!r}: must be one of {', '.join(names)}")
-        wanted = [BASELINE, *(name for name in controllers if name != BASELINE)]
-        played = {name: cfg.policy_seeds if name in LEARNED else 1 for name in wanted}
-        episodes = np.array(
-            [(names.index(n), p, e) for n in wanted for p in range(played[n]) for e in range(cfg.report_envs)], np.int32
-        )
-        env_key = devices.replicate(jax.random.fold_in(key, COMPARE_STREAM), mesh)
-        shape, size = everyone.env.shape, everyone.env.size
+    def play(key: Array, run: RunState, who: Who, report: bool = True) -> tuple[Comparison, Comparison]:
+        """Played in blocks of the size of a round, which is compiled already; what the last block has too many is
+        dropped. A rule is paid by the hypers of the policy that `who` names."""
+        env_key = devices.replicate(key, mesh)
+        births, twin = np.unique(np.column_stack([who.env, who.orders.luck]), axis=0, return_inverse=True)
+        twins = episodes(cfg, names, [(BASELINE, 0, env) for env in births[:, 0]])
+        twins = twins._replace(orders=twins.orders._replace(luck=births[:, 1:]))
+        n_twins, twin = len(births), np.concatenate([np.arange(len(births)), twin.ravel()])
+        who = jax.tree.map(lambda *parts: np.concatenate(parts), twins, who)
+        shape, size, count = everyone.env.shape, everyone.env.size, len(who.env)
         results = []
-        for first in range(0, len(episodes), size):
-            block = episodes[first : first + size]
-            block = np.concatenate([block, np.repeat(episodes[:1], size - len(block), axis=0)])  # `never` costs least
-            who = Who(*(np.ascontiguousarray(column.reshape(shape)) for column in block.T))
-            rows, grown = rollout(dataset, run, env_key, placed(who))
+        for first in range(0, count, size):
+            rest = np.arange(first, first + size)
+            rest = np.where(rest < count, rest, 0)  # `never` costs least
+            block = jax.tree.map(lambda column, rest=rest: column[rest].reshape(*shape, *column.shape[1:]), who)
+            rows, grown = rollout(dataset, run, env_key, placed(block))
             counts = (grown.germinated, grown.fossilised, grown.pruned, grown.rollbacks)
-            test, text = report(dataset, grown)
-            result = devices.fetch(Comparison(rows, test, *counts, text))
-            results.append((who, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), result)))
-        together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for _, result in results))
+            test, text = programs.report(dataset, grown) if report else (None, None)
+            result = devices.fetch(Comparison(rows, test, *counts, grown.slots, text))
+            result = result.replace(shape=shape_of(result.shape))
+            result = jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), result)
+            results.append((block.policy, twin[rest].reshape(shape), result))
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *(result for *_, result in results))
         if paired:
             info = together.rollout.info
-            twin = jax.vmap(reward.last_accepted)(info.val_loss[: cfg.report_envs], info.accepted[: cfg.report_envs])
-            twin = np.asarray(twin)
-            flat = [pay_block(run, who, result.rollout, twin) for who, result in results]
+            losses = np.asarray(jax.vmap(reward.last_accepted)(info.val_loss[:n_twins], info.accepted[:n_twins]))
+            flat = [pay_block(run, policies, result.rollout, losses[of]) for policies, of, result in results]
             together = together.replace(rollout=jax.tree.map(lambda *parts: np.concatenate(parts), *flat))
-        ends = np.cumsum([played[name] * cfg.report_envs for name in wanted])
-        cut = lambda leaf, name, end: leaf[end - played[name] * cfg.report_envs : end].reshape(
-            played[name], cfg.report_envs, *leaf.shape[1:]
-        )
-        found = {
-            name: jax.tree.map(lambda leaf, name=name, end=end: cut(leaf, name, end), together)
-            for name, end in zip(wanted, ends, strict=True)
-        }
+        cut = lambda begin, end: jax.tree.map(lambda leaf: leaf[begin:end], together)
+        return cut(0, n_twins), cut(n_twins, count)
+
+    def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
+        """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them. A rule is
+        paid by the hypers of policy 0."""
+        envs = range(cfg.report_envs)
+        others = [name for name in controllers if name != BASELINE]
+        rows = {name: cfg.policy_seeds if name in LEARNED else 1 for name in others}
+        who = [(name, p, e) for name in others for p in range(rows[name]) for e in envs] or [
+            (BASELINE, 0, e) for e in envs
+        ]
+        twins, played = play(report_key(key), run, episodes(cfg, names, who))
+        found, end = {BASELINE: jax.tree.map(lambda leaf: leaf[None], twins)}, 0
+        for name, count in rows.items():
+            mine, end = slice(end, end + count * len(envs)), end + count * len(envs)
+            split = lambda leaf, mine=mine, count=count: leaf[mine].reshape(count, len(envs), *leaf.shape[1:])
+            found[name] = jax.tree.map(split, played)
         return {name: found[name] for name in controllers}
 
-    def pay_block(run: RunState, who: Who, rows: Rollout, twin: np.ndarray) -> Rollout:
-        course = jax.tree.map(lambda leaf: leaf.reshape(*who.env.shape, -1), reward.Course.of(rows.info))
-        components = pay(run.hypers, *devices.split((who.policy, course, twin[who.env]), mesh))
+    def pay_block(run: RunState, policies: np.ndarray, rows: Rollout, twin_loss: np.ndarray) -> Rollout:
+        course = jax.tree.map(lambda leaf: leaf.reshape(*policies.shape, -1), reward.Course.of(rows.info))
+        components = pay(run.hypers, *devices.split((policies, course, twin_loss), mesh))
         return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), devices.fetch(components)))
 
-    return Train(init, update, compare, names, dataset, programs)
+    return Train(init, update, compare, play, names, dataset, programs)
+
+
+def shape_of(slots: SlotState) -> np.ndarray:
+    """i32[..., S, 2]: blueprint and algorithm of the fossilised seeds, -1 where there is none."""
+    both = np.stack([slots.blueprint, slots.algorithm], axis=-1)
+    return np.where(np.asarray(slots.stage)[..., None] == Stage.FOSSILIZED, both, -1)
 
 
 def round_of(cfg: Config, names: tuple[str, ...]) -> Who:
     """The episodes of a round: a row of E environments for each policy, and one for their twin."""
     rows = [(POLICY, p) for p in range(cfg.policy_seeds)] + [(BASELINE, 0)] * (cfg.reward.mode == "paired")
-    fill = lambda numbers: np.repeat(np.array(numbers, np.int32)[:, None], cfg.n_envs, axis=1)
-    environments = np.repeat(np.arange(cfg.n_envs, dtype=np.int32)[None], len(rows), axis=0)
-    return Who(fill([names.index(name) for name, _ in rows]), fill([p for _, p in rows]), environments)
+    who = episodes(cfg, names, [(name, p, env) for name, p in rows for env in range(cfg.n_envs)])
+    return jax.tree.map(lambda column: column.reshape(len(rows), cfg.n_envs, *column.shape[1:]), who)

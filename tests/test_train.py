@@ -9,13 +9,15 @@ import pytest
 import tiny
 import tiny_run
 
+from esper_jax import make_env
 from esper_jax.control import baselines
-from esper_jax.enums import BASELINE, LEARNED
+from esper_jax.enums import BASELINE, HEADS, LEARNED
+from esper_jax.env import observation
 from esper_jax.env.reward import Course
 from esper_jax.run import devices
 from esper_jax.run.devices import REPLICATED, SHARDED
-from esper_jax.train import Who, bind, make_train, round_of
-from esper_jax.types import Op
+from esper_jax.train import Hypers, Orders, Who, bind, episodes, make_train, report_key, round_key, round_of
+from esper_jax.types import BLUEPRINTS, Action, AlphaAlgorithm, Op, Stage
 
 CFG, RULES, train = tiny_run.CONFIG, tiny_run.RULES, tiny_run.train
 P, T, E = CFG.policy_seeds, CFG.training.epochs, CFG.n_envs
@@ -110,7 +112,7 @@ def test_an_episode_does_not_depend_on_its_place():
     flat = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf).reshape(places, *leaf.shape[2:]), tree)
     order = np.random.default_rng(0).permutation(places)
     new = order % 2 == 1  # these get environments that the other rollout has not
-    shuffled = Who(*(column.reshape(P + 1, E) for column in part(flat(who), order)))
+    shuffled = jax.tree.map(lambda column: column.reshape(P + 1, E, *column.shape[1:]), part(flat(who), order))
     shuffled = shuffled._replace(env=shuffled.env + E * new.reshape(P + 1, E).astype(np.int32))
     before, after = flat(rollout(who)), flat(rollout(shuffled))
     births = np.asarray(after[0].info.val_loss[:, 0])
@@ -247,6 +249,118 @@ def test_a_grid_of_hypers_is_one_run():
         np.testing.assert_allclose(np.float64(rows.reward).sum(-1), worth(rows.info, twin, **weights), atol=1e-4)
 
 
+def play(who, *, report=False):
+    """Episodes of the first round's environments, after that round."""
+    key, run = jax.random.key(0), two_rounds(1)[1][0]
+    return train(1).play(round_key(key, 0), run, who, report)
+
+
+def test_episodes_of_choice_are_those_of_a_round():
+    """The policies in the first round's environments, before they learned: nothing but who plays is asked anew."""
+    who = episodes(CFG, train(1).controllers, [("policy", p, e) for p in range(P) for e in range(E)])
+    key, run = jax.random.key(0), two_rounds(1)[0][0]
+    twins, played = train(1).play(round_key(key, 0), run, who, False)
+    then = two_rounds(1)[1][1].rollout
+    apart = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(P, E, *leaf.shape[1:]), tree)
+    assert equal(apart(played.rollout), then) and played.test is None
+    assert np.array_equal(twins.rollout.info.val_loss[:, 0], then.info.val_loss[0, :, 0])
+
+
+def test_orders_are_played_instead_of_what_a_controller_asks_for():
+    """One action at one epoch; before it nothing differs, and elsewhere the controller decides."""
+    who = episodes(CFG, train(1).controllers, [("never", 0, e) for e in range(E)])
+    germinate = Action(op=np.int32(Op.GERMINATE), slot=np.int32(1), blueprint=np.int32(BLUEPRINTS.index("conv_light")))
+    who.orders.action[0, 2] = [getattr(germinate, head) for head in HEADS]
+    who.orders.action[1, 0] = who.orders.action[0, 2]  # an episode's birth, before which there is no decision
+    twins, played = play(who)
+    info = played.rollout.info
+    assert info.requested_op[0].tolist() == [0, 0, Op.GERMINATE, *[0] * (T - 3)] and not info.requested_op[1:].any()
+    assert (info.stage[0, 2:, 1] == Stage.GERMINATED).all() and played.germinated.tolist() == [1] + [0] * (E - 1)
+    assert equal(part(played.rollout.info, slice(1, None)), part(twins.rollout.info, slice(1, None)))
+    assert equal(info.val_loss[0, :2], twins.rollout.info.val_loss[0, :2])
+
+
+def test_luck_changes_what_comes_after_a_moment():
+    """From epoch 3 on other batches and other draws, for the twin, too; before it nothing differs."""
+    who = episodes(CFG, train(1).controllers, [("policy", 0, 0)] * 3)
+    who.orders.luck[1:, 3:] = [[1], [2]]
+    twins, played = play(who)
+    losses = played.rollout.info.val_loss
+    assert (losses[:, :3] == losses[0, :3]).all() and len(np.unique(losses[:, 3])) == 3
+    assert (
+        len(twins.germinated) == 3 and (twins.rollout.info.val_loss[:, :3] == twins.rollout.info.val_loss[0, :3]).all()
+    )
+    # until something is blended in, an episode is its twin, if that has the same luck
+    dark = played.rollout.info.blended_size == 1
+    assert equal(losses[:, 3][dark[:, :4].all(1)], twins.rollout.info.val_loss[:, 3][dark[:, :4].all(1)])
+    assert not played.rollout.reward[dark.cumprod(1).astype(bool)].any()
+
+
+def test_what_was_kept_can_be_there_from_the_first_epoch():
+    """A network of another's final shape: its size from birth, its host's parameters and batches the same."""
+    eager, twins = comparison()["eager"], comparison()["never"]
+    shape = eager.shape[0]
+    assert (shape[..., 0] >= 0).any()  # something was kept
+    assert np.array_equal(shape[..., 0] >= 0, eager.rollout.info.stage[0, :, -1] == Stage.FOSSILIZED)
+    who = episodes(CFG, train(1).controllers, [("never", 0, e) for e in range(len(shape))])
+    who = who._replace(orders=who.orders._replace(shape=shape))
+    _, static = train(1).play(report_key(jax.random.key(0)), two_rounds(1)[1][0], who)
+    info = static.rollout.info
+    size = eager.rollout.info.committed_size[0, :, -1]
+    assert np.array_equal(info.committed_size, np.repeat(size[:, None], T, axis=1))
+    assert np.array_equal(static.shape, shape) and np.array_equal(static.fossilised, (shape[..., 0] >= 0).sum(-1))
+    here = info.stage == Stage.FOSSILIZED
+    assert np.array_equal(here, np.repeat((shape[:, None, :, 0] >= 0), T, axis=1)) and (info.alpha == here).all()
+    assert not np.array_equal(info.val_loss, twins.rollout.info.val_loss[0])
+
+
+def test_a_newborn_with_fossils_has_the_same_host():
+    env = make_env(CFG, tiny.dataset())
+    kind = BLUEPRINTS.index("conv_light")
+    shape = jnp.int32([[-1, -1], [kind, AlphaAlgorithm.GATE]])
+    bare, grown = env.init(jax.random.key(0)), env.init(jax.random.key(0), shape)
+    assert equal(bare.model.host, grown.model.host) and equal(grown.snapshot.model, grown.model)
+    assert not np.any(grown.model.seeds[0].params) and np.any(grown.model.seeds[1].params)
+    assert np.any(grown.model.seeds[1].gate) and grown.slots.has_gate.tolist() == [False, True]
+    assert equal(env.init(jax.random.key(0), jnp.full((2, 2), -1)), bare)
+
+
+def test_a_plan_is_carried_out():
+    """Slot 1 germinates at the first decision, slot 0 once three epochs are trained."""
+    kinds = [BLUEPRINTS.index(name) for name in ("conv_light", "norm")]
+    who = episodes(CFG, train(1).controllers, [("planned", 0, e) for e in range(E)])
+    who.orders.plan[:] = [[kinds[0], 3, 0], [kinds[1], 0, 0]]
+    info = play(who)[1].rollout.info
+    germinations = np.argwhere(info.op == Op.GERMINATE)
+    assert germinations[:2].tolist() == [[0, 1], [0, 3]] and info.slot[0, [1, 3]].tolist() == [1, 0]
+    assert (info.blueprint[:, -1] == kinds).all()
+    who.orders.plan[:] = 0
+    assert not play(who)[1].rollout.info.op.any()
+
+
+def test_as_often_as_somebody_else():
+    """Three germinations are left and two slots: the third waits for a slot that nobody empties."""
+    who = episodes(CFG, train(1).controllers, [("matched", 0, e) for e in range(E)])
+    who.orders.ops[:, [Op.GERMINATE, Op.WAIT]] = [3, 1]
+    info = play(who)[1].rollout.info
+    assert ((info.op == Op.GERMINATE).sum(1) == 2).all() and ((info.op == Op.WAIT).sum(1) == T - 2).all()
+
+
+def test_the_blind_see_the_time():
+    """Their actions are the same whatever else they look at; they learn as others do."""
+    key, t = jax.random.key(0), train(1)
+    blind = t.init(key, Hypers.from_config(CFG).replace(sight=jnp.float32([0, 1])))
+    run, metrics = t.update(key, blind)
+    assert equal(part(metrics.rollout, 1), part(two_rounds(1)[1][1].rollout, 1))  # the other one sees
+    params = lambda state: part(state.learner.params, 0)
+    assert not equal(params(run), params(blind)) and not equal(params(run), params(two_rounds(1)[1][0]))
+    encoder = np.asarray(
+        run.learner.params["params"]["encoder"]["kernel"][0] - blind.learner.params["params"]["encoder"]["kernel"][0]
+    )
+    time = observation.is_time(CFG.action_space)
+    assert time.sum() == 1 and encoder[time].any() and not encoder[~time].any()
+
+
 def test_an_unknown_controller_is_refused():
     with pytest.raises(ValueError, match="controller 'greedy': must be one of never, random, eager, policy, policy_gr"):
         train(1).compare(jax.random.key(0), two_rounds(1)[0][0], ["greedy"])
@@ -349,7 +463,8 @@ def test_an_environment_does_not_depend_on_the_population(chunk):
 
     def play(envs):
         numbers = np.int32(envs)[None]
-        who = Who(np.full_like(numbers, t.controllers.index("policy")), numbers % P, numbers)
+        orders = Orders.none(CFG.replace(**{"training.epochs": 4}), numbers.shape)
+        who = Who(np.full_like(numbers, t.controllers.index("policy")), numbers % P, numbers, orders)
         return jax.device_get(t.programs.rollout(t.dataset, run, jax.random.key(3), who))
 
     few, many = play(np.arange(8)), play(np.arange(32))

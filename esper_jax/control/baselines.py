@@ -1,8 +1,8 @@
 """Controllers that learn nothing: what a learned policy has to beat.
 
-`never` trains a static host, `random` acts uniformly among what is legal, `eager` grows as much as it can, `periodic`
-grows on a fixed schedule, `script` replays a list. All have the type `Controller` and, but for a script, ask only for
-what the masks allow.
+`never` trains a static host, `random` acts uniformly among what is legal, `matched` as often as somebody else, `eager`
+grows as much as it can, `periodic` on a fixed schedule, `planned` by a plan, `script` replays a list. All have the type
+`Controller` and, but for a script, ask only for what the masks allow.
 """
 
 from __future__ import annotations
@@ -44,17 +44,40 @@ def random() -> Controller:
     """Uniform over the legal ops, then over the slots legal for the op, then over each relevant head's legal values."""
 
     def act(key: Array, carry: tuple, obs: Observation) -> tuple[tuple, Action, Extras]:
-        keys = dict(zip(HEADS, jax.random.split(key, len(HEADS)), strict=True))
-        draw = lambda head, mask: jax.random.categorical(keys[head], jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
-        op = draw("op", obs.masks.op)
-        canonical = Action()
-        chosen = {}
-        for head, relevant in _RELEVANT.items():
-            mask = obs.masks.slot_by_op[op] if head == "slot" else getattr(obs.masks, head)
-            chosen[head] = jnp.where(jnp.asarray(relevant)[op], draw(head, mask), getattr(canonical, head))
-        return carry, Action(op=op, **chosen), Extras()
+        return carry, _drawn(key, obs, obs.masks.op.astype(jnp.float32)), Extras()
 
     return Controller(init=lambda key: (), act=act)
+
+
+def matched(ops: Array) -> Controller:
+    """As `random`, but does each op as often as somebody else did, as far as that is legal.
+
+    Args:
+      ops: i32[6] how often each op is to be carried out. One is drawn from those that are left, without putting it
+        back, among those that are legal now; where none is, it waits.
+    """
+
+    def act(key: Array, left: Array, obs: Observation) -> tuple[Array, Action, Extras]:
+        weights = jnp.where(obs.masks.op, left, 0).astype(jnp.float32)
+        wait = (jnp.arange(len(Op)) == Op.WAIT) & (weights.sum() == 0)
+        action = _drawn(key, obs, jnp.where(wait, 1.0, weights))
+        return jnp.maximum(left.at[action.op].add(-1), 0), action, Extras()
+
+    return Controller(init=lambda key: ops, act=act)
+
+
+def _drawn(key: Array, obs: Observation, op_weights: Array) -> Action:
+    """An op in proportion to f32[6], and uniformly what else the op reads, from what is legal."""
+    keys = dict(zip(HEADS, jax.random.split(key, len(HEADS)), strict=True))
+    draw = lambda head, weights: jax.random.categorical(keys[head], jnp.log(weights)).astype(jnp.int32)
+    op = draw("op", op_weights)
+    canonical = Action()
+    chosen = {}
+    for head, relevant in _RELEVANT.items():
+        mask = obs.masks.slot_by_op[op] if head == "slot" else getattr(obs.masks, head)
+        drawn = draw(head, mask.astype(jnp.float32))
+        chosen[head] = jnp.where(jnp.asarray(relevant)[op], drawn, getattr(canonical, head))
+    return Action(op=op, **chosen)
 
 
 def eager(
@@ -102,6 +125,26 @@ def periodic(
     return Controller(init=lambda key: jnp.int32(-1), act=act)
 
 
+def planned(plan: Array, *, lifecycle: LifecycleConfig = LifecycleConfig()) -> Controller:
+    """Grows by a plan: in each slot one kind of seed, from an epoch on, blended in at a tempo, and kept.
+
+    Seeds are nursed as by `eager`; a slot that is emptied by the governor is filled again.
+
+    Args:
+      plan: i32[S, 3] of each slot the blueprint's number (0 or less for a slot that stays empty), the epochs that have
+        to be trained before it germinates, and the index of the tempo.
+    """
+
+    def act(key: Array, carry: tuple, obs: Observation) -> tuple[tuple, Action, Extras]:
+        del key
+        blueprint, start, tempo = plan[:, 0], plan[:, 1], plan[:, 2]
+        germination = _germination_of(jnp.maximum(blueprint, 0), tempo)
+        due = (blueprint > 0) & (obs.signals.epoch >= start)
+        return carry, _nurse(obs, germination, due, lifecycle, germinate_first=True), Extras()
+
+    return Controller(init=lambda key: (), act=act)
+
+
 def _germination(blueprint: str | Sequence[str], lifecycle: LifecycleConfig) -> Action:
     """Germination of one blueprint, or of one per slot: then `blueprint` is i32[S]."""
     offered, names = lifecycle.offered, lifecycle.catalog
@@ -109,11 +152,16 @@ def _germination(blueprint: str | Sequence[str], lifecycle: LifecycleConfig) -> 
         if name not in offered:
             raise ValueError(f"blueprint = {name!r}: must be one of {', '.join(offered)}")
     index = names.index(blueprint) if isinstance(blueprint, str) else [names.index(b) for b in blueprint]
+    return _germination_of(jnp.asarray(index, jnp.int32), jnp.int32(TEMPO_EPOCHS.index(min(TEMPO_EPOCHS))))
+
+
+def _germination_of(blueprint: Array, tempo: Array) -> Action:
+    """By linear ADD to alpha 1; blueprint and tempo are i32[] or i32[S]."""
     return Action(
         op=jnp.int32(Op.GERMINATE),
-        blueprint=jnp.asarray(index, jnp.int32),
+        blueprint=blueprint,
         style=jnp.int32(STYLES.index("linear_add")),
-        tempo=jnp.int32(TEMPO_EPOCHS.index(min(TEMPO_EPOCHS))),
+        tempo=tempo,
         alpha_target=jnp.int32(ALPHA_TARGETS.index(1.0)),
     )
 
@@ -136,8 +184,8 @@ def _nurse(
         given = germination.blueprint.size
         raise ValueError(f"{given} blueprints for {ready.size} slots: must be one, or one per slot")
     where = masks.slot_by_op[Op.GERMINATE] & offered & may_germinate
-    mine = jnp.broadcast_to(germination.blueprint, where.shape)[jnp.argmax(where)]
-    start = (germination.replace(blueprint=mine), where)
+    mine = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, where.shape)[jnp.argmax(where)], germination)
+    start = (mine, where)
     finish = (
         (Action(op=jnp.int32(Op.ADVANCE)), masks.slot_by_op[Op.ADVANCE] & ready),
         (Action(op=jnp.int32(Op.FOSSILIZE)), masks.slot_by_op[Op.FOSSILIZE] & ready),

@@ -289,6 +289,11 @@ def evaluate(logits: dict[str, Array], masks: Masks, action: Action) -> Evaluati
     return Evaluation(jnp.where(relevant, log_p, 0.0), jnp.where(relevant, entropy, 0.0), relevant)
 
 
+def had_choice(masks: Masks, action: Action) -> Array:
+    """bool[8]: the heads that the op reads and that had more than one legal choice, in the order of `types.HEADS`."""
+    return jnp.asarray(RELEVANCE)[action.op] & (_mask_table(masks, action.op).sum(-1) > 1)
+
+
 def make_controller(
     space: ActionSpace, params: dict, normalise: Callable[[Array], Array], *, deterministic: Array | bool = False
 ) -> Controller:

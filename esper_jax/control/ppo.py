@@ -228,13 +228,15 @@ def loss(
 
     Returns:
       the loss f32[], and f32[] metrics: loss, policy_loss, value_loss, entropy, op_entropy, approx_kl, clip_fraction,
-      ratio_mean, ratio_max, ratio_error (largest |r - 1|). approx_kl is the mean of (r - 1) - log r, which is never
+      ratio_mean, ratio_max, ratio_error (largest |r - 1|); and f32[8] by head, where it had more than one legal choice:
+      head_entropy, a sum, and head_choices, of how many. approx_kl is the mean of (r - 1) - log r, which is never
       negative (Schulman, 2020).
     """
     rows, clip_ratio = batch.trajectory, (hypers or cfg).clip_ratio
     evaluation, values = jax.vmap(lambda env: _replay(space, params, env), in_axes=1, out_axes=1)(rows)
     decided = rows.valid & jnp.delete(rows.masks.op, int(Op.WAIT), axis=-1).any(-1)
 
+    chosen = jax.vmap(jax.vmap(policy.had_choice))(rows.masks, rows.action) & decided[..., None]
     log_ratio = jnp.where(decided, evaluation.log_prob - rows.log_prob, 0.0)
     log_ratio = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
@@ -251,6 +253,8 @@ def loss(
         "value_loss": value_loss,
         "entropy": entropy,
         "op_entropy": _mean(evaluation.head_entropy[..., HEADS.index("op")], decided),
+        "head_entropy": jnp.where(chosen, evaluation.head_entropy, 0.0).sum((0, 1)),
+        "head_choices": chosen.sum((0, 1), dtype=jnp.float32),
         "approx_kl": _mean(ratio - 1.0 - log_ratio, decided),
         "clip_fraction": _mean(jnp.abs(ratio - 1.0) > clip_ratio, decided),
         "ratio_mean": _mean(ratio, decided),
@@ -282,7 +286,8 @@ def update(
     Returns:
       the learner, and the metrics of `loss` averaged over the minibatches that were reached and finite (ratio_max is
       their largest), with grad_norm (before clipping), entropy_coef,
-      explained_variance (before the update), updates_done and nonfinite_updates (i32[]). ratio_error is that of the
+      explained_variance (before the update), updates_done and nonfinite_updates (i32[]); head_entropy is f32[8], the
+      mean over the rows in which a head had a choice, and means nothing where head_choices is 0. ratio_error is that of the
       first minibatch alone: more than rounding there means that the policy acted on other features, masks or states
       than those that are stored.
 
@@ -323,8 +328,11 @@ def update(
     (params, opt_state, _), history = jax.lax.scan(minibatch_step, start, minibatches)
 
     counts, taken, nonfinite = (history.pop(name) for name in ("counts", "taken", "nonfinite"))
+    by_head = [jnp.where(counts[:, None], history.pop(name), 0.0).sum(0) for name in ("head_entropy", "head_choices")]
     metrics = {name: _mean(x, counts) for name, x in history.items()}
     metrics |= {
+        "head_entropy": by_head[0] / jnp.maximum(by_head[1], 1.0),
+        "head_choices": by_head[1],
         "ratio_max": jnp.max(jnp.where(counts, history["ratio_max"], 0.0)),
         "ratio_error": jnp.where(counts[0], history["ratio_error"][0], 0.0),
         "entropy_coef": coef,

@@ -34,8 +34,9 @@ __all__ = ["Env", "EnvState", "Grown", "StepInfo", "make_env"]
 
 
 class Init(Protocol):
-    def __call__(self, key: Array) -> EnvState:
-        """A newborn: no epoch is trained yet."""
+    def __call__(self, key: Array, shape: Array | None = None) -> EnvState:
+        """A newborn: no epoch is trained yet. With `shape`, i32[S, 2], it has fossilised seeds from birth on, by
+        blueprint and algorithm, -1 for none; what is drawn for the host is the same."""
 
 
 class Reset(Protocol):
@@ -93,8 +94,11 @@ def make_env(cfg: Config, dataset: AnyDataset, weights: RewardWeights | None = N
     setting = Setting(dataset, weights, cfg)
     horizon, space = cfg.training.epochs, cfg.action_space
 
-    def init(key: Array) -> EnvState:
-        return transition.newborn(setting, key)
+    def init(key: Array, shape: Array | None = None) -> EnvState:
+        state = transition.newborn(setting, key)
+        if shape is None:
+            return state
+        return transition.with_fossils(setting, jax.random.fold_in(key, transition.FOSSILS), state, shape)
 
     def observe(state: EnvState) -> Observation:
         scale = jnp.float32(horizon), jnp.float32(setting.metric.span)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from esper_jax.types import (
@@ -169,6 +170,11 @@ def _slot_features(space: ActionSpace) -> tuple[Feature, ...]:
         Feature("epochs_in_stage", 1, 0, 1, lambda i: share(i.slots.epochs_in_stage, i)),
         Feature("age", 1, 0, 1, lambda i: share(i.slots.epochs_total, i)),
     )  # fmt: skip
+
+
+def is_time(space: ActionSpace) -> np.ndarray:
+    """bool[D]: the elements that say nothing but how far the episode is."""
+    return np.array([name == "epoch" for name, *_ in rows(("",) * space.n_slots, space)])
 
 
 def size(space: ActionSpace) -> int:

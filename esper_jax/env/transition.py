@@ -24,18 +24,19 @@ from esper_jax.env.governor import Verdict
 from esper_jax.env.host_training import EpochMetrics
 from esper_jax.env.reward import RewardComponents, RewardWeights
 from esper_jax.env.state import EnvState, StepInfo
-from esper_jax.lifecycle import masks, operations, stages
+from esper_jax.lifecycle import alpha, masks, operations, stages
 from esper_jax.lifecycle.operations import Outcome
 from esper_jax.metric import Metric
 from esper_jax.network import blend, seed_bank
 from esper_jax.network import model as networks
 from esper_jax.network.blueprints import Blueprint
 from esper_jax.network.host import param_count
-from esper_jax.network.model import Model
+from esper_jax.network.model import Model, SeedVars
 from esper_jax.trees import select, strip_weak_type
-from esper_jax.types import Action, Array, Masks, Op, SlotState, Stage
+from esper_jax.types import Action, AlphaAlgorithm, Array, Masks, Op, SlotState, Stage
 
 DROPOUT = 1  # what the key of a batch is folded with for the host's dropout
+FOSSILS = 1  # what the key of a newborn is folded with for the seeds that it has from birth
 
 
 @struct.dataclass
@@ -187,6 +188,43 @@ def newborn(setting: Setting, key: Array) -> EnvState:
     return strip_weak_type(state)
 
 
+def with_fossils(setting: Setting, key: Array, state: EnvState, shape: Array) -> EnvState:
+    """A newborn that has seeds, blended in and fossilised, from its first epoch on: a network that never had to grow.
+
+    Args:
+      shape: i32[S, 2] blueprint and algorithm of each slot's seed; -1 for a slot that stays empty.
+    """
+    blueprint, algorithm = shape[:, 0], shape[:, 1]
+    here = blueprint >= 0
+    gated = here & (algorithm == AlphaAlgorithm.GATE)
+    slots = stages.enter(state.slots, here, Stage.FOSSILIZED)
+    slots = slots.replace(
+        blueprint=jnp.where(here, blueprint, slots.blueprint),
+        algorithm=jnp.where(here, algorithm, slots.algorithm),
+        has_gate=gated,
+        alpha=alpha.place(slots.alpha, here, 1.0),
+    )
+    number = seed_bank.kind_of(blueprint, setting.kinds)
+    seeds = tuple(
+        _fresh(setting, jax.random.fold_in(key, s), seed, w, number[s], here[s], gated[s])
+        for s, (seed, w) in enumerate(zip(state.model.seeds, setting.cfg.host.slot_widths, strict=True))
+    )
+    model = state.model.replace(seeds=seeds)
+    good = governor.snapshot(model, slots, state.governor.recent)
+    return state.replace(model=model, slots=slots, snapshot=good, older=good, fossilised=here.sum(dtype=jnp.int32))
+
+
+def _fresh(
+    setting: Setting, key: Array, seed: SeedVars, width: int, number: Array, germinated: Array, gated: Array
+) -> SeedVars:
+    """A slot's parameters: new ones of a kind where a seed is born, of a gate where one is."""
+    seed_key, gate_key = jax.random.split(key)
+    return seed.replace(
+        params=jnp.where(germinated, seed_bank.germinate(seed_key, setting.kinds, width, number), seed.params),
+        gate=jnp.where(gated, blend.gate_init(gate_key, width), seed.gate),
+    )
+
+
 # --- one epoch -------------------------------------------------------------------------------------------------------
 
 
@@ -204,15 +242,12 @@ def act(setting: Setting, key: Array, state: EnvState, action: Action) -> tuple[
     after, outcome = operations.execute(state.slots, request, state.evaluation.score, cfg.lifecycle)
     outcome = outcome.replace(legal=outcome.legal & permitted, success=outcome.success & permitted)
 
-    seeds = []
     number = seed_bank.kind_of(request.blueprint, setting.kinds)
-    for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True)):
-        seed_key, gate_key = jax.random.split(jax.random.fold_in(key, s))
-        fresh = seed_bank.germinate(seed_key, setting.kinds, w, number)
-        params = jnp.where(outcome.germinated[s], fresh, seed.params)
-        gate = jnp.where(outcome.gate_created[s], blend.gate_init(gate_key, w), seed.gate)
-        seeds.append(seed.replace(params=params, gate=gate))
-    model = state.model.replace(seeds=tuple(seeds))
+    seeds = tuple(
+        _fresh(setting, jax.random.fold_in(key, s), seed, w, number, outcome.germinated[s], outcome.gate_created[s])
+        for s, (seed, w) in enumerate(zip(state.model.seeds, cfg.host.slot_widths, strict=True))
+    )
+    model = state.model.replace(seeds=seeds)
     optimiser = host_training.reset_momentum(state.optimiser, outcome.germinated, outcome.gate_created)
     # a seed's weights were validated just before it was fossilised: keep them as they are now
     admit = lambda kept: tuple(governor.admit_fossils(each, model, after) for each in kept)

@@ -1,6 +1,6 @@
 """The files of a run: what compiled programs return, as arrays and rows (Esper's Nissa).
 
-    metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P],
+    metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P] (head_entropy [R, P, 8]: by head),
                      arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A],
                      arms/blueprints [N] (names by number), arms/text [A, E, tokens] (what networks of text wrote)
     lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
@@ -77,7 +77,11 @@ def _clean(name: str, array: np.ndarray, arrays: dict[str, np.ndarray]) -> np.nd
 def round_arrays(metrics: Metrics) -> dict[str, np.ndarray]:
     """A round's arrays under the names that they have in metrics.npz, without the leading R."""
     rows = {f"rounds/{name}": array for name, array in rollout_arrays(metrics.rollout).items()}
-    return rows | {f"learner/{name}": np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
+    learner = {name: np.asarray(value) for name, value in jax.device_get(metrics.learner).items()}
+    if "head_entropy" in learner:
+        chosen = learner.pop("head_choices") > 0
+        learner["head_entropy"] = np.where(chosen, learner["head_entropy"], np.float32(np.nan))
+    return rows | {f"learner/{name}": value for name, value in learner.items()}
 
 
 def dead(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -104,6 +108,7 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
         test = jax.device_get(result.test)
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
+        arrays |= {"shape": result.shape.astype(np.int8)}
         arrays |= {"text": result.text} if result.text.size else {}
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
         if name not in LEARNED:  # a rule predicts nothing

@@ -220,6 +220,11 @@ def test_update_compiles_once_and_counts(learner, rows):
     assert metrics["approx_kl"] > 0 and metrics["ratio_max"] > 1 and metrics["grad_norm"] > 0
     assert metrics["entropy_coef"] == np.float32(CFG.entropy_coef)
     chex.assert_tree_all_finite(metrics)
+    # a row's entropy is the mean over its relevant heads, so op's where the op reads no other
+    assert metrics["head_entropy"].shape == (8,) and (0 <= metrics["head_entropy"]).all()
+    op = HEADS.index("op")
+    np.testing.assert_allclose(metrics["head_entropy"][op], metrics["op_entropy"], rtol=0.05)
+    assert (metrics["head_choices"] <= metrics["head_choices"][op]).all()
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), learner.params, once.params)
     assert all(jax.tree.leaves(changed))
 
