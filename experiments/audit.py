@@ -10,24 +10,23 @@ the returns' variance that lies between controllers: what a learner can use at m
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
-import jax
 import numpy as np
 import tyro
 
-from esper_jax import Config, data, make_train
-from esper_jax.config import RewardConfig, TextConfig
+from esper_jax import make_train
+from esper_jax.config import RewardConfig
 from esper_jax.control.arms import controllers
 from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import checkpoint, command, compilation, devices, files, options, provenance
+from esper_jax.run import command, files, options
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
+from experiments.finished import Finished, open_run
 
 PROGRAM = "python -m experiments.audit"
 MODES = get_args(get_type_hints(RewardConfig)["mode"])
@@ -51,38 +50,20 @@ def gains(arms: dict[str, Comparison]) -> dict[str, np.ndarray]:
     return {name: np.asarray(result.test.committed_score - base).ravel() for name, result in arms.items()}
 
 
-def replay(cfg: Config, dataset: data.Dataset, script: str | None, folder: Path, meta: dict) -> dict[str, Comparison]:
-    """The comparison of a run under the reward mode of `cfg`; only the reward may differ from then. `meta` is what the
-    run's checkpoints were saved with."""
-    train = make_train(cfg, dataset, controllers(cfg, script))
-    key = jax.random.key(cfg.seed)
-    if cfg.rounds:
-        run, _ = checkpoint.restore(folder / "checkpoints", compilation.run_template(train, cfg, key), meta)
-    else:
-        run = train.init(key)
-    return train.compare(key, run, train.controllers)
+def replay(finished: Finished, mode: str) -> dict[str, Comparison]:
+    """The comparison of a run under another reward mode."""
+    cfg = finished.cfg.replace(**{"reward.mode": mode})
+    train = make_train(cfg, finished.dataset, controllers(cfg, finished.card["script"]))
+    return train.compare(finished.key, finished.run, train.controllers)
 
 
 def audit(folder: Path, console: Console, data_dir: Path | None = None, text: tuple[str, ...] = ()) -> list[list[str]]:
     """The rows of the table, a mode each. Raises ValueError and OSError for what is no finished run."""
-    card = provenance.read_finished(folder)
-    cfg = Config.from_json(json.dumps(card["config"]))
-    of_text = isinstance(cfg, TextConfig)
-    if data_dir and of_text or text and not of_text:
-        option = "--data-dir" if data_dir else "--text"
-        raise ValueError(f"{option} {data_dir or ' '.join(text)}: {folder} is a run on {cfg.data.name}")
-    cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
-    cfg = cfg.replace(**{"data.files": text}) if text else cfg
-    devices.use_cpus(cfg.devices)
-    devices.backend()
-    dataset = data.load(cfg.data, announce=console.say)
-    if not provenance.same_data(dataset.identity, card["data"]["identity"]):
-        raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
-    meta = {"config": provenance.computed(cfg), "data": provenance.digest(dataset.identity)}
+    finished = open_run(folder, console, data_dir, text)
     rows = []
     for mode in MODES:
         with console.step(mode, "compiled and played"):
-            arms = replay(cfg.replace(**{"reward.mode": mode}), dataset, card["script"], folder, meta)
+            arms = replay(finished, mode)
         earned = returns(arms)
         correlation, share = scores(earned, gains(arms))
         means = "  ".join(f"{name} {values.mean():.2f}" for name, values in earned.items())

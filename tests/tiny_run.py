@@ -20,7 +20,7 @@ from esper_jax import make_train
 from esper_jax.config import PPOConfig
 from esper_jax.control import baselines
 from esper_jax.metric import ACCURACY
-from esper_jax.run import compilation, records
+from esper_jax.run import compilation, estimate, records
 from esper_jax.train import Train
 
 CONFIG = tiny.CONFIG.replace(
@@ -113,4 +113,5 @@ def result() -> Result:
             states.append(state)
             rounds.append(records.round_arrays(metrics))
         arms = compiled.compare(KEY(), states[-1], ARMS)
-    return Result(states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog, ACCURACY), ahead, later, compiled)
+        work = estimate.work(CONFIG, tiny.dataset())
+    return Result(states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog, ACCURACY, *work), ahead, later, compiled)

@@ -1,322 +1,401 @@
-"""The pictures of a run, as PNG files from the arrays of metrics.npz.
+"""The pictures of a run from the arrays of metrics.npz: what was compared, and how the policies learned.
 
-Axis letters: A arms (a learned arm once per policy), P policies, E environments, T epochs, S slots, R rounds.
+Each function here returns the panels of one picture, none where nothing was measured that it could show; how seeds
+lived is drawn by `lives`. Axis letters: A arms (a learned arm once per policy), P policies, E environments, T epochs,
+R rounds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from esper_jax.enums import BASELINE, LEARNED, POLICY, Stage
-from esper_jax.evidence.statistics import mean_interval
+from esper_jax.enums import BASELINE, HEADS, Stage
+from esper_jax.evidence import canvas, growth, tables
+from esper_jax.evidence.canvas import (
+    COLOURS,
+    HATCHES,
+    INK,
+    LEARNED_COLOUR,
+    MARKERS,
+    PAPER,
+    FigureBase,
+    Panel,
+    arm_style,
+    band,
+    gain_of,
+    height_for,
+    interval_mark,
+    label_right,
+    plain_axes,
+    policy_style,
+    whole_numbers,
+)
+from esper_jax.evidence.lives import decisions, grown, seeds
+from esper_jax.evidence.report import Drawn
+from esper_jax.evidence.statistics import crossed_interval, rank_correlation
 from esper_jax.evidence.tables import measured, metric_of, values
-from esper_jax.metric import Metric
 
-# A backend that matplotlib does not know, such as the one that notebooks name, keeps it from being imported; none is
-# used here.
-_backend = os.environ.pop("MPLBACKEND", None)
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-finally:
-    if _backend is not None:
-        os.environ["MPLBACKEND"] = _backend
-
-# Okabe-Ito: told apart by colour-blind readers, too.
-COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#e69f00", "#999999", "#f0e442")
-STAGE_COLOURS = {
-    Stage.GERMINATED: "#f0e442",
-    Stage.TRAINING: "#e69f00",
-    Stage.BLENDING: "#56b4e9",
-    Stage.HOLDING: "#cc79a7",
-    Stage.FOSSILIZED: "#009e73",
-    Stage.PRUNED: "#000000",
-    Stage.EMBARGOED: "#888888",
-    Stage.RESETTING: "#bbbbbb",
+# In the order of a page; the functions here with these names.
+PICTURES = (
+    "learning", "paired", "frontier", "curves", "grown", "seeds", "rewards", "audit", "health", "decisions",
+)  # fmt: skip
+FILES = {  # those that are files of their own as well: panels side by side, title
+    "grown": (3, "What was kept on"),
+    "curves": (2, "Validation on"),
+    "seeds": (2, "Lives of the seeds on"),
+    "learning": (3, "Training on"),
 }
+__all__ = ["decisions", "grown", "seeds"]  # of `lives`, so that every picture is found here
+
+MOST_DOTS = 4_000  # in one panel; of more, every n-th is drawn
+Arrays = dict[str, np.ndarray]
 
 
-def _picture(draw: Callable[..., tuple[Figure, str]]) -> Callable[..., str]:
-    """Of a function `(metrics, data, ...)` that draws, one `(path, metrics, data, ...)` that writes a PNG file and
-    returns the caption.
-
-    Drawn with matplotlib's own defaults, whatever the settings of the user; the file is either complete or absent.
-    """
-
-    @functools.wraps(draw)
-    def write(path: Path, *args, **kwargs) -> str:
-        work = path.with_name(path.name + ".tmp")
-        try:
-            with matplotlib.rc_context():
-                matplotlib.rcdefaults()
-                figure, caption = draw(*args, **kwargs)
-                FigureCanvasAgg(figure).print_figure(work, format="png", dpi=110)
-            work.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                work.unlink(missing_ok=True)
-        return caption
-
-    return write
+def write(path: Path, name: str, panels: Sequence[Panel], data: str) -> None:
+    """Writes one of `FILES`."""
+    columns, title = FILES[name]
+    canvas.png(path, panels, f"{title} {data}", min(columns, len(panels)))
 
 
-@_picture
-def curves(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
+def inline(name: str, panels: Sequence[Panel]) -> list[Drawn]:
+    """The panels of a picture for a page."""
+    return [Drawn(canvas.svg(panel, f"{name}{i}"), panel.caption) for i, panel in enumerate(panels)]
+
+
+def gains(metrics: Arrays) -> dict[str, np.ndarray]:
+    """f[P, E] of each arm but the baseline, over the baseline in the same environment; better is more."""
+    kept, sign = values(metrics), 1 if metric_of(metrics).higher_is_better else -1
+    return {arm: sign * (value - kept[BASELINE]) for arm, value in kept.items() if arm != BASELINE}
+
+
+def curves(metrics: Arrays, data: str) -> list[Panel]:
     """Validation by epoch, and its paired difference to the baseline."""
     metric = metric_of(metrics)
     found = {arm: samples.mean(0) for arm, samples in values(metrics, "val").items()}  # [E, T]
     names = list(found)
     envs, epochs = found[BASELINE].shape
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, base in ((left, 0), (right, found[BASELINE])):
-        ends = {}
-        for name in names if axes is left else [name for name in names if name != BASELINE]:
-            middle = _band(axes, np.arange(1, epochs + 1), found[name] - base, _style(names, name))
-            ends[name] = middle[-1]
-        _label_ends(axes, epochs, ends, names)
-        axes.set_xlabel("epoch of the host's training")
-        _plain_axes(axes)
-    left.set_ylabel(f"validation {metric.name} ({metric.unit})")
-    right.set_ylabel(f"paired difference to {BASELINE} ({metric.points})")
-    right.axhline(0, color="black", linewidth=1)
-    figure.suptitle(f"{metric.name} on {data}: {envs} environments per arm, same keys in every arm".capitalize())
-    return figure, (
-        f"Validation {metric.name} by epoch on {data}: mean of {envs} environments with 95 % intervals (Student t; a "
-        f"learned arm is the mean of its policies), and the paired difference to the bare host ({BASELINE}). It is "
-        "that of the whole network, also of seeds that were not kept in the end; the table is about what was kept."
-    )
-
-
-@_picture
-def learning(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
-    """What the policies got better at while they were trained."""
-    kept = metrics["rounds/stage"][..., -1, :] == Stage.FOSSILIZED  # [R, P, E, S]
-    rounds, policies, envs = kept.shape[:3]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    x = np.arange(1, rounds + 1)
-    for axes, samples, label in (
-        (panels[0], np.nansum(metrics["rounds/reward"], axis=-1), "return of an episode (sum of rewards)"),
-        (panels[1], kept.sum(-1), "seeds kept per episode"),
-    ):
-        for p in range(policies):
-            _band(axes, x, samples[:, p].T, {"color": COLOURS[p % len(COLOURS)], "marker": "."})
-        axes.set_ylabel(label)
-    for p in range(policies):
-        colour = COLOURS[p % len(COLOURS)]
-        panels[2].plot(x, metrics["learner/entropy"][:, p], color=colour, marker=".", label=f"policy {p}")
-    panels[2].legend(frameon=False)
-    panels[2].set_ylabel("entropy of the policy (1: undecided)")
-    panels[2].set_ylim(0, 1.05)
-    for axes in panels:
-        axes.set_xlabel("round")
-        _whole_numbers(axes.xaxis)
-        _plain_axes(axes)
-    figure.suptitle(f"Training on {data}: {policies} x {envs} environments per round (policies x environments)")
-    return figure, (
-        f"Training of the policies: mean of {envs} environments per round with 95 % intervals (Student t): return, "
-        "seeds kept, entropy."
-    )
-
-
-@_picture
-def grown(metrics: dict[str, np.ndarray], data: str) -> tuple[Figure, str]:
-    """Which module each arm kept in which slot, in how many environments, and when."""
-    stage, blueprint = metrics["arms/stage"], metrics["arms/blueprint"]
-    names, policies = [str(name) for name in metrics["arms/names"]], metrics["arms/policy_seed"]
-    modules = metrics["arms/blueprints"]
-    metric, results = metric_of(metrics), measured(metrics)
-    alone = [name for name in names if names.count(name) == 1]
-    shown = [a for a, name in enumerate(names) if name != BASELINE]
-    n_slots, envs = stage.shape[-1], stage.shape[1]
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(4.4 * columns, lines * (0.7 + 0.45 * n_slots) + 0.8), layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    drawn = set()
-    for axes, a in zip(panels, shown, strict=False):
-        for s in range(n_slots):
-            left, bottom = 0.0, n_slots - 1 - s  # slot 0 on top, where the features come from
-            kept = stage[a, :, -1, s] == Stage.FOSSILIZED
-            kinds, counts = np.unique(blueprint[a, kept, -1, s], return_counts=True)
-            for kind, count in sorted(zip(kinds, counts, strict=True), key=lambda pair: -pair[1]):
-                here = kept & (blueprint[a, :, -1, s] == kind)
-                born, done = (np.median(_first(stage[a, here, :, s], wanted)) for wanted in _MILESTONES)
-                drawn.add(kind)
-                axes.barh(bottom, count / envs, 0.8, left, edgecolor="white", **_blueprint_look(kind))
-                if count / envs > 0.28:
-                    text = f"{modules[kind]}\n{born:.0f} to {done:.0f}"
-                    axes.text(left + count / envs / 2, bottom, text, ha="center", va="center", fontsize=7)
-                left += count / envs
-        if not (stage[a, :, -1] == Stage.FOSSILIZED).any():
-            axes.text(0.5, (n_slots - 1) / 2, "nothing kept", ha="center", va="center", color="#777777")
-        title = names[a] if names[a] in alone else f"{names[a]} {policies[a]}"
-        gain = results[a] - results[names.index(BASELINE)]
-        size = metrics["arms/committed_size"][a, :, -1].mean()
-        axes.set_title(
-            f"{title}: {gain.mean():+.{_digits(metric)}f} {metric.points}, x{size:.2f}", loc="left", fontsize=9
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    panels[0].set_xlim(0, 1)
-    panels[0].set_yticks(range(n_slots), [f"slot {s}" for s in reversed(range(n_slots))])
-    handles = [Patch(edgecolor="white", label=modules[kind], **_blueprint_look(kind)) for kind in sorted(drawn)]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(
-        f"What was kept on {data}: share of {envs} environments (numbers: epochs, germinated to fossilised)"
-    )
-    return figure, (
-        f"Which module was kept in which slot, as a share of {envs} environments (white: none), with the median epochs "
-        f"of germination and fossilisation; in the titles the mean gain over {BASELINE} and the parameters of what was "
-        "kept. Learned arms have a panel per policy."
-    )
-
-
-_MILESTONES = (Stage.GERMINATED, Stage.FOSSILIZED)
-
-
-def _digits(metric: Metric) -> int:
-    """Behind the point, in pictures: of accuracies one less than in tables."""
-    return metric.digits - metric.higher_is_better
-
-
-def _first(stage: np.ndarray, wanted: Stage) -> np.ndarray:
-    """Epoch, counted from 1, at whose end each of `[E, T]` was in a stage for the first time since it was last empty.
-
-    A germination is the epoch after which the slot was never empty again.
-    """
-    epochs = stage.shape[1]
-    if wanted == Stage.GERMINATED:
-        gone = ~np.isin(stage, [Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED])
-        return epochs - np.argmax(gone[:, ::-1], axis=1) + 1
-    return np.argmax(stage == wanted, axis=1) + 1
-
-
-def _blueprint_look(kind: int) -> dict[str, Any]:
-    """Colour of a module by its number in the catalog; hatched from the ninth on."""
-    rank = int(kind) - 1
-    return {"facecolor": COLOURS[rank % len(COLOURS)], "hatch": "/" * 3 * (rank // len(COLOURS))}
-
-
-@_picture
-def seeds(metrics: dict[str, np.ndarray], data: str, env: int | None = None) -> tuple[Figure, str]:
-    """The life of the seeds in one environment under each arm that grows.
-
-    A learned arm is shown with its first policy. By default it is the environment whose test result under that policy
-    is the median one.
-    """
-    everyone = [str(name) for name in metrics["arms/names"]]
-    names = list(dict.fromkeys(everyone))
-    metric, results = metric_of(metrics), measured(metrics)
-    if env is None:
-        samples = results[everyone.index(POLICY)]
-        env = int(np.argsort(samples, kind="stable")[(len(samples) - 1) // 2])
-    shown = [name for name in names if name != BASELINE]
-    n_slots = metrics["arms/stage"].shape[-1]
-    epochs = metrics["arms/stage"].shape[2]
-    figure = Figure(figsize=(12, 1 + len(shown) * (0.35 + 0.4 * n_slots)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, name in zip(panels, shown, strict=True):
-        a = everyone.index(name)
-        lanes = (metrics[f"arms/{field}"][a, env] for field in ("stage", "alpha", "blueprint", "panic"))
-        _swimlanes(axes, metrics["arms/blueprints"], *lanes)
-        axes.set_title(
-            f"{name}: test {metric.name} of what was kept {results[a, env]:.{_digits(metric)}f}",
-            loc="left",
-            fontsize=10,
-        )
-    panels[-1].set_xlabel("epoch of the host's training")
-    panels[-1].set_xlim(0.5, epochs + 0.5)
-    _whole_numbers(panels[-1].xaxis)
-    handles: list[Patch | Line2D] = [Line2D([], [], color="red", linestyle=":", label="rollback")]
-    handles[:0] = [Patch(color=colour, label=stage.name.lower()) for stage, colour in STAGE_COLOURS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(f"Seeds in environment {env} on {data} (pale: not blended in; full colour: up to alpha)")
-    return figure, (
-        f"Life of the seeds in environment {env} (the median one under the first policy): a lane per slot, coloured by "
-        "stage at the end of each epoch; the height of the full colour is alpha, how much of the seed is blended in."
-    )
-
-
-def _swimlanes(
-    axes: Axes, modules: np.ndarray, stage: np.ndarray, alpha: np.ndarray, blueprint: np.ndarray, panic: np.ndarray
-) -> None:
-    epochs, n_slots = stage.shape
     x = np.arange(1, epochs + 1)
-    for s in range(n_slots):
-        bottom = n_slots - 1 - s  # slot 0 on top, where the features come from
-        for kind, colour in STAGE_COLOURS.items():
-            here = stage[:, s] == kind
-            axes.bar(x[here], 0.85, 1, bottom, color=colour, alpha=0.4, linewidth=0)
-            axes.bar(x[here], 0.85 * alpha[here, s], 1, bottom, color=colour, linewidth=0)
-        previous = np.concatenate([[-1], blueprint[:-1, s]])
-        for t in np.flatnonzero((blueprint[:, s] >= 0) & (blueprint[:, s] != previous)):
-            axes.text(x[t] - 0.4, bottom + 0.42, modules[blueprint[t, s]], fontsize=7, va="center")
-    for t in np.flatnonzero(panic):
-        axes.axvline(x[t] + 0.5, color="red", linestyle=":")
-    axes.set_yticks(np.arange(n_slots) + 0.42, [f"slot {s}" for s in reversed(range(n_slots))])
-    axes.set_ylim(-0.1, n_slots)
-    axes.spines[["top", "right"]].set_visible(False)
+
+    def draw(figure: FigureBase, shown: Sequence[str], base: np.ndarray | float, label: str) -> None:
+        axes = figure.subplots()
+        ends = {}
+        for name in shown:
+            style = arm_style(names, name) | {"markevery": max(1, epochs // 6)}
+            ends[name] = float(epochs), float(band(axes, x, found[name] - base, style)[-1])
+        if BASELINE not in shown:
+            axes.axhline(0, color=INK, linewidth=1)
+        axes.set_xlabel("epoch of the host's training")
+        axes.set_ylabel(label)
+        axes.set_xlim(1, epochs)
+        whole_numbers(axes.xaxis)
+        plain_axes(axes)
+        label_right(axes, ends, {name: arm_style(names, name)["color"] for name in names}, height_for(len(names)))
+
+    mean = f"mean of {envs} environments with 95 % intervals (a learned arm: of its policies' mean)"
+    direction = "" if metric.higher_is_better else " (lower is better)"
+    whole = "It is that of the whole network, also of seeds that were not kept in the end."
+    return [
+        Panel(
+            lambda figure: draw(figure, names, 0.0, f"validation {metric.name} ({metric.unit})"),
+            f"Validation {metric.name}{direction} while hosts train on {data}: {mean}. {whole}",
+            height_for(len(names)),
+        ),
+        Panel(
+            lambda figure: draw(figure, names[1:], found[BASELINE], f"minus {BASELINE} ({metric.points})"),
+            f"The same minus the bare host ({BASELINE}) in the same environment, which is the line at 0.",
+            height_for(len(names)),
+        ),
+    ]
 
 
-def _whole_numbers(axis: Axis) -> None:
-    """Ticks at whole epochs and rounds."""
-    cast(MaxNLocator, axis.get_major_locator()).set_params(integer=True)  # what a linear axis starts with
+def learning(metrics: Arrays, data: str) -> list[Panel]:
+    """What the policies got better at while they were trained."""
+    if "rounds/reward" not in metrics:
+        return []
+    kept = (metrics["rounds/stage"][..., -1, :] == Stage.FOSSILIZED).sum(-1).mean(-1)  # [R, P]
+    earned = np.nansum(metrics["rounds/reward"], axis=-1).mean(-1)
+    policies, envs = metrics["rounds/reward"].shape[1:3]
+    of = f"mean of {envs} environments, a thin line for each of {policies} policies, a thick one for their mean "
+    of += "with its 95 % band (Student t over policies)"
+    if policies == 1:
+        of = f"mean of {envs} environments under the one policy that was trained, so there is no band"
+    panels = [
+        Panel(
+            lambda figure: _by_round(figure, earned, "return of an episode", mean=True),
+            f"Return (sum of rewards) of a training episode on {data} by round: {of}.",
+        ),
+        Panel(
+            lambda figure: _by_round(figure, kept, "seeds kept per episode", mean=True),
+            "Seeds that were kept (fossilised) per training episode; lines as before.",
+        ),
+    ]
+    if "rounds/val_accuracy" in metrics:
+        metric = metric_of(metrics) if "metric/name" in metrics else None
+        right, loss = (metrics[f"rounds/val_{name}"][..., -1].mean(-1) for name in ("accuracy", "loss"))
+        reached = loss if metric is None else metric.value(right, loss)
+        what = "loss (nats)" if metric is None else f"{metric.name} ({metric.unit})"
+        panels.append(
+            Panel(
+                lambda figure: _by_round(figure, reached, f"validation {what}", mean=True),
+                f"Validation {what} that hosts of training episodes had reached at their last epoch; lines as before.",
+            )
+        )
+    return panels
 
 
-def _plain_axes(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def _by_round(figure: FigureBase, samples: np.ndarray, label: str, *, mean: bool = False) -> None:
+    """A line for each policy of f[R, P], and one for their mean."""
+    axes = figure.subplots()
+    rounds, policies = samples.shape
+    x, every = np.arange(1, rounds + 1), max(1, rounds // 8)
+    for p in range(policies):
+        style = {"linewidth": 0.8 if mean else 1.3, "alpha": 0.8, "markevery": every, "label": f"policy {p}"}
+        axes.plot(x, samples[:, p], **policy_style(p) | style)
+    if mean and policies > 1:
+        band(axes, x, samples.T, {"color": INK, "linewidth": 2.2, "label": "mean"})
+    axes.set_xlabel("round")
+    axes.set_ylabel(label)
+    whole_numbers(axes.xaxis)
+    plain_axes(axes)
+    if policies > 1:
+        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.5)
 
 
-def _style(names: list[str], name: str) -> dict:
-    """The policy stands out, the bare host is black; an arm looks the same in every picture."""
-    if name == BASELINE:
-        return {"color": "black", "linestyle": "--"}
-    if name in LEARNED:
-        return {"color": "#d55e00", "linewidth": 3, "linestyle": "-" if name == POLICY else ":"}
-    others = [other for other in names if other not in (BASELINE, *LEARNED)]
-    return {"color": COLOURS[others.index(name) % len(COLOURS)]}
+def paired(metrics: Arrays, data: str) -> list[Panel]:
+    """The difference to the baseline in each environment, a strip for each arm."""
+    metric, found = metric_of(metrics), gains(metrics)
+    names = list(found)
+    envs = next(iter(found.values())).shape[1] if found else 0
+    step = max(1, -(-envs * len(names) // MOST_DOTS))
+    if not found:
+        return []
+
+    def draw(figure: FigureBase) -> None:
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, linewidth=1)
+        places = np.random.default_rng(0).uniform(-0.16, 0.16, envs)  # so that dots do not hide each other
+        for row, name in enumerate(reversed(names)):
+            style, samples, interval = arm_style(names, name), found[name], crossed_interval(found[name])
+            dots = samples.mean(0)[::step]
+            axes.plot(dots, (row + places)[::step], "o", color=style["color"], markersize=3, alpha=0.7, mew=0)
+            if len(samples) > 1:
+                means = np.nanmean(samples, axis=1)
+                axes.plot(means, np.full(len(means), row - 0.3), "D", color=style["color"], markersize=5, mec=PAPER)
+            interval_mark(axes, interval, row + 0.3)
+        axes.set_yticks(range(len(names)), names[::-1])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlabel(f"gain over {BASELINE} ({gain_of(metric)})")
+        plain_axes(axes)
+        axes.grid(False, axis="y")
+
+    caption = (
+        f"Gain of each arm over the bare host ({BASELINE}) on {data}: a dot per environment (of a learned arm, the "
+        "mean of its policies), a diamond below them per policy, and above them the mean with its 95 % interval. Right "
+        "of 0 is better; where an interval covers 0 nothing may be claimed. Intervals are not corrected for the number "
+        "of arms, the stars of the table are."
+    )
+    return [Panel(draw, caption + _thinned(step), 0.7 + 0.42 * len(names))]
 
 
-def _band(axes: Axes, x: np.ndarray, samples: np.ndarray, style: dict) -> Any:
-    """Mean over the first axis, with its interval as a band. Returns the mean."""
-    interval = mean_interval(samples)
-    (line,) = axes.plot(x, interval.mean, **style)
-    axes.fill_between(x, interval.low, interval.high, color=line.get_color(), alpha=0.12, linewidth=0)
-    return interval.mean
+def _thinned(step: int) -> str:
+    return f" One in {step} dots is drawn." if step > 1 else ""
 
 
-def _label_ends(axes: Axes, last: int, ends: dict[str, float], names: list[str]) -> None:
-    """Names beside the ends of the lines, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = (high - low) * 0.045
-    heights, previous = {}, -np.inf
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        previous = heights[name] = max(end, previous + gap)
-    shift = np.mean([ends[name] - height for name, height in heights.items()])
-    for name, height in heights.items():
-        colour = _style(names, name)["color"]
-        axes.annotate(
-            name, (last, ends[name]), (last * 1.05, height + shift), color=colour, va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
-        )  # fmt: skip
-    _whole_numbers(axes.xaxis)
-    axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
-    axes.set_xlim(1, last * 1.25)
+def frontier(metrics: Arrays, data: str) -> list[Panel]:
+    """Gain against the size of what was kept, and against what training it cost."""
+    metric, points = metric_of(metrics), tables.frontier(metrics)
+    names = list(points)
+    costs = {
+        "parameters of what was kept": {name: point.size for name, point in points.items()},
+        "FLOPs of the training that was executed": {name: point.flops for name, point in points.items()},
+    }
+
+    def draw(figure: FigureBase, label: str, cost: dict[str, float]) -> None:
+        axes = figure.subplots()
+        axes.axhline(0, color=INK, linewidth=1)
+        for name, (_, _, gain) in points.items():
+            style = arm_style(names, name)
+            look = {"color": style["color"], "fmt": style["marker"], "markersize": 7, "capsize": 3, "elinewidth": 1.5}
+            axes.errorbar([cost[name]], [gain.mean], yerr=None if np.isnan(gain.half) else gain.half, **look)
+        axes.set_xscale("log")
+        _multiples(axes, list(cost.values()))
+        axes.set_xlabel(f"{label}, relative to {BASELINE}")
+        axes.set_ylabel(f"gain ({gain_of(metric)})")
+        plain_axes(axes)
+        ends = {name: (cost[name], float(point.gain.mean)) for name, point in points.items()}
+        label_right(axes, ends, {name: arm_style(names, name)["color"] for name in names}, height_for(len(names)))
+
+    return [
+        Panel(
+            partial(draw, label=label, cost=cost),
+            f"Gain over {BASELINE} on {data} with its 95 % interval against {label} (mean; the axis counts factors, so "
+            "equal steps are equal ratios). Up and to the left is better: more gained with less.",
+            height_for(len(names)),
+        )
+        for label, cost in costs.items()
+        if not np.isnan(list(cost.values())).all()
+    ]
+
+
+def _multiples(axes, found: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis at plain factors."""
+    low, high = min(1.0, *found), max(1.0, *found)
+    axes.set_xlim(low / 1.08, max(high * 1.08, low * 1.2))
+    fine = (0.1, 0.2, 0.5, 1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+    inside = [tick for tick in fine if low / 1.08 <= tick <= high * 1.08]
+    gap = np.log(high / low) / 5
+    ticks: list[float] = []
+    for tick in sorted(inside, key=lambda tick: tick != 1):  # 1 has its tick before all others
+        if all(abs(np.log(tick / other)) >= gap for other in ticks):
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"×{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def rewards(metrics: Arrays, data: str) -> list[Panel]:
+    """The parts of the reward, stacked to the return."""
+    if "rounds/reward" not in metrics:
+        return []
+    parts, total = growth.reward_parts(metrics), growth.mean_return(metrics)
+
+    def draw(figure: FigureBase) -> None:
+        axes = figure.subplots()
+        x = np.arange(1, len(total) + 1)
+        up, down = np.zeros(len(total)), np.zeros(len(total))
+        for rank, (name, part) in enumerate(parts.items()):
+            look: dict[str, Any] = {
+                "facecolor": COLOURS[rank % len(COLOURS)], "hatch": HATCHES[rank % len(HATCHES)], "edgecolor": PAPER,
+                "linewidth": 0.3, "label": name.replace("_", " "),
+            }  # fmt: skip
+            axes.bar(x, part, 0.85, np.where(part >= 0, up, down), **look)
+            up, down = up + np.maximum(part, 0), down + np.minimum(part, 0)
+        axes.plot(x, total, color=INK, marker="o", linewidth=1.5, label="return (their sum)")
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.set_xlabel("round")
+        axes.set_ylabel("reward of an episode")
+        axes.set_xlim(0.4, len(total) + 0.6)
+        whole_numbers(axes.xaxis)
+        plain_axes(axes)
+        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.5)
+
+    episodes = np.prod(metrics["rounds/reward"].shape[1:3])
+    caption = (
+        f"What the reward was made of on {data}: each part summed over an episode, as the mean of the {episodes} "
+        "training episodes of a round. Parts below 0 are what was paid; the line is the return, the sum of all parts."
+    )
+    return [Panel(draw, caption)]
+
+
+def returns_and_gains(metrics: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """f[A, E] return of each episode of the comparison, and what it gained over the baseline; better is more."""
+    result, sign = measured(metrics), 1 if metric_of(metrics).higher_is_better else -1
+    base = result[[str(name) for name in metrics["arms/names"]].index(BASELINE)]
+    return np.nansum(metrics["arms/reward"], axis=-1), sign * (result - base)
+
+
+def audit(metrics: Arrays, data: str) -> list[Panel]:
+    """Return against gain, a dot for each episode of the comparison."""
+    if "arms/reward" not in metrics:
+        return []
+    metric, (earned, gain), arms = metric_of(metrics), returns_and_gains(metrics), metrics["arms/names"]
+    correlation = rank_correlation(earned.ravel(), gain.ravel())
+    names = [str(name) for name in dict.fromkeys(arms)]
+    step = max(1, -(-earned.size // MOST_DOTS))
+
+    def draw(figure: FigureBase) -> None:
+        axes = figure.subplots()
+        for name in names:
+            style, here = arm_style(names, name), arms == name
+            axes.plot(
+                gain[here].ravel()[::step], earned[here].ravel()[::step], style["marker"], color=style["color"],
+                alpha=0.6, markersize=4, mew=0 if name != BASELINE else 1, label=name,
+            )  # fmt: skip
+        axes.set_xlabel(f"gain over {BASELINE} ({gain_of(metric)})")
+        axes.set_ylabel("return")
+        plain_axes(axes)
+        axes.legend(
+            ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handletextpad=0.2, markerscale=1.5
+        )
+
+    said = "cannot be told (all are alike)" if np.isnan(correlation) else f"is {correlation:.2f}"
+    caption = (
+        f"Return of each episode of the comparison on {data} against what it gained. Spearman's rank correlation of "
+        f"the two over all {earned.size} episodes {said}: 1 would mean that the reward orders them as the gain does."
+    )
+    return [Panel(draw, caption + _thinned(step), 3.8)]
+
+
+# Of a PPO update: array, label, what it says.
+_HEALTH = (
+    ("approx_kl", "KL divergence", "how far a round's update moved the policy (approximate KL divergence)"),
+    ("clip_fraction", "share clipped", "share of decisions whose probability ratio was clipped"),
+    ("explained_variance", "explained variance", "share of the returns' variance that the critic explains: 1 is all, "
+     "0 no more than a constant"),
+    ("value_loss", "value error", "error of the critic (its loss, in units of the scaled returns)"),
+)  # fmt: skip
+
+
+def health(metrics: Arrays, data: str) -> list[Panel]:
+    """Whether the learner learns soundly."""
+    panels = []
+    for name, label, what in _HEALTH:
+        if f"learner/{name}" in metrics:
+            samples = metrics[f"learner/{name}"]
+            panels.append(
+                Panel(
+                    partial(_by_round, samples=samples, label=label),
+                    f"By round, a line per policy: {what}.",
+                )
+            )
+    panels[1:1] = _entropy(metrics)
+    return panels
+
+
+def _entropy(metrics: Arrays) -> list[Panel]:
+    if "learner/head_entropy" in metrics:
+        by_head = metrics["learner/head_entropy"]  # [R, P, heads]
+        known = ~np.isnan(by_head)
+        mean = np.where(known.any(1), np.nansum(by_head, axis=1) / np.maximum(known.sum(1), 1), np.nan)
+
+        def draw(figure: FigureBase) -> None:
+            axes = figure.subplots()
+            x, ends, colours = np.arange(1, len(mean) + 1), {}, {}
+            for head, name in enumerate(HEADS):
+                there = np.flatnonzero(~np.isnan(mean[:, head]))
+                colours[name] = (*COLOURS, LEARNED_COLOUR)[head]
+                if there.size:
+                    style: dict[str, Any] = {"color": colours[name], "marker": MARKERS[head], "linewidth": 1.3}
+                    axes.plot(x, mean[:, head], markevery=max(1, len(mean) // 8), **style)
+                    ends[name.replace("_", " ")] = float(x[there[-1]]), float(mean[there[-1], head])
+            axes.set_xlabel("round")
+            axes.set_ylabel("entropy (1: undecided)")
+            axes.set_ylim(0, 1.05)
+            whole_numbers(axes.xaxis)
+            plain_axes(axes)
+            label_right(axes, ends, {name.replace("_", " "): colour for name, colour in colours.items()}, 3.4)
+
+        caption = (
+            "How undecided the policies are about each part of a decision, where there was a choice (mean of the "
+            "policies; 1: all choices alike, 0: always the same)."
+        )
+        return [Panel(draw, caption)]
+    panels = []
+    for name, label, what in (
+        ("entropy", "entropy", "a whole decision"),
+        ("op_entropy", "entropy of the operation", "which operation to ask for"),
+    ):
+        if f"learner/{name}" in metrics:
+            samples = metrics[f"learner/{name}"]
+            panels.append(
+                Panel(
+                    partial(_by_round, samples=samples, label=label),
+                    f"How undecided each policy is about {what} (1: all choices alike, 0: always the same). By head of "
+                    "the network it was not measured.",
+                )
+            )
+    return panels

@@ -1,4 +1,4 @@
-"""Means with intervals, and what they allow one to say.
+"""Means with intervals, and p-values that agree with them.
 
 The samples are environments: different host initialisations and data orders on the same images. Environment e has the
 same keys in every arm, so arms are compared by the differences within environments. A learned arm has P policies, all
@@ -7,28 +7,33 @@ of them in every environment: then the interval is over both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
-
-from esper_jax.metric import Metric
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 METHOD = "±: 95 % Student t intervals over environments and policies; differences are paired by environment"
 
 
 class Interval(NamedTuple):
-    """A mean and the interval around it; NaN where there were too few samples."""
+    """A mean, or another statistic, and the 95 % interval around it; NaN where there were too few samples."""
 
     mean: float
     low: float
     high: float
     n: int  # samples that were measured
+    p: float = float("nan")  # two-sided, of 0: one minus the confidence at which the interval would just touch it
 
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0  # False for NaN
+
+    @property
+    def half(self) -> float:
+        """Half its width."""
+        return (self.high - self.low) / 2
 
 
 def mean_interval(samples: np.ndarray, axis: int = 0) -> Interval:
@@ -42,13 +47,13 @@ def mean_interval(samples: np.ndarray, axis: int = 0) -> Interval:
     total = np.where(measured, samples, 0).sum(axis)
     mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
     squares = np.where(measured, (samples - np.expand_dims(mean, axis)) ** 2, 0).sum(axis)
-    half = np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)) * _quantile(n), np.nan)
-    fields: list[Any] = [np.asarray(field) for field in (mean, mean - half, mean + half, n)]
+    error = np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)), np.nan)
+    freedom = np.maximum(n - 1, 1).astype(float)
+    half = error * stdtrit(freedom, 0.5 + CONFIDENCE / 2)
+    errors_away = np.divide(np.abs(mean), error, out=np.where(mean == 0, 0.0, np.inf), where=error != 0)
+    p = 2 * stdtr(freedom, -errors_away)
+    fields: list[Any] = [np.asarray(field) for field in (mean, mean - half, mean + half, n, p)]
     return Interval(*(field.item() if field.ndim == 0 else field for field in fields))
-
-
-def _quantile(n: np.ndarray) -> np.ndarray:
-    return stdtrit(np.maximum(n - 1, 1).astype(float), 0.5 + CONFIDENCE / 2)
 
 
 def crossed_interval(samples: np.ndarray) -> Interval:
@@ -62,96 +67,103 @@ def crossed_interval(samples: np.ndarray) -> Interval:
     nothing about others: P = 1 is the interval over environments alone. An environment that was not measured under
     some policy is left out.
     """
-    samples = np.asarray(samples, np.float64)
-    samples = samples[:, ~np.isnan(samples).any(0)]
-    policies, envs = samples.shape
-    if policies == 1 or envs < 2:
-        return mean_interval(samples.mean(0) if samples.size else np.array([np.nan]))
-    mean, by_policy, by_env = samples.mean(), samples.mean(1), samples.mean(0)
-    rest = samples - by_policy[:, None] - by_env + mean
-    freedom = np.array([policies - 1, envs - 1, (policies - 1) * (envs - 1)])
-    between = envs * ((by_policy - mean) ** 2).sum(), policies * ((by_env - mean) ** 2).sum(), (rest**2).sum()
-    of_policy, of_env, of_rest = np.array(between) / freedom
-    parts = np.array([max(of_policy - of_rest, 0.0), max(of_env, of_rest)]) / samples.size
-    half = np.sqrt((stdtrit(freedom[:2], 0.5 + CONFIDENCE / 2) ** 2 * parts).sum())
-    return Interval(mean.item(), (mean - half).item(), (mean + half).item(), envs)
+    return _of_sum(np.asarray(samples, np.float64))
 
 
-def verdict(
-    values: dict[str, np.ndarray],
-    size: dict[str, np.ndarray],
-    *,
-    learned: tuple[str, ...],
-    baseline: str,
-    data: str,
-    metric: Metric,
-    meant: str | None = None,
-) -> str:
-    """One sentence on what the intervals allow one to claim, and what not.
+def difference(x: np.ndarray, y: np.ndarray, *, paired_policies: bool = False) -> Interval:
+    """Mean of x f[P, E] minus mean of y f[Q, E], in the same environments, with a 95 % interval.
+
+    The policies of the two arms are other ones: policy p of x has nothing to do with policy p of y. So the difference's
+    variance has a part of each arm's policies, `(MS_policy - MS_rest) / (P E)` within the arm, and one of the
+    environments, of the E differences between the arms' means over policies; each has its own t quantile, as in
+    `crossed_interval`, which this is if y has one row.
 
     Args:
-      values: f[P, E] per arm, of what was kept on the report-test split, in the metric's unit: the same environments in
-        each arm, P = 1 for a rule; NaN where not measured.
-      size: f[P, E] parameters relative to the bare host.
-      learned: the arms that are policies.
-      meant: other data, about which nothing may be claimed.
+      paired_policies: row p of both arms comes from the same policy (its likeliest actions, its episodes replayed):
+        then the rows' differences are the samples. Raises ValueError if there are not as many.
     """
-    arms = [arm for arm in values if arm != baseline]
-    gains = {arm: values[arm] - values[baseline] for arm in arms}
-    parts = _claims("", gains, f"than {baseline}", baseline, metric)
-    rules = [arm for arm in arms if arm not in learned]
-    for policy in (arm for arm in arms if arm in learned):
-        gains = {rule: values[policy] - values[rule] for rule in rules}
-        share = {rule: _added(size[policy]) / _added(size[rule]) for rule in rules if _added(size[rule]) > 0}
-        parts += _claims(f"{policy} is ", gains, "than", f"{policy} against", metric, share)
-    policies = max((len(values[arm]) for arm in arms if arm in learned), default=0)
-    if policies == 1:
-        parts.append("one policy was trained, so nothing may be claimed about how training varies")
-    if meant:
-        parts.append(f"nothing may be claimed about {meant}")
-    n = values[baseline].shape[1]
-    trained = f" and {policies} policies trained from different seeds" if policies > 1 else ""
-    what = f"report-test {metric.name} of what was kept"
-    return f"On {data}, by {what} of {n} environments per arm with the same keys{trained}: {'; '.join(parts)}."
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if paired_policies:
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} and {len(y)} policies: must be the same ones")
+        return crossed_interval(x - y)
+    common = y.mean(0)  # a shift of an environment changes nothing, and equal arms then differ by exactly 0
+    return _of_sum(x - common, common - y)
 
 
-def _added(size: np.ndarray) -> float:
-    return float(np.nanmean(size)) - 1
+def complete(arms: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """f[P, E] of each arm without the environments that were not measured in some row of some arm."""
+    measured = ~np.any([np.isnan(arm).any(0) for arm in arms], axis=0)
+    return [arm[:, measured] for arm in arms]
 
 
-def _claims(
-    subject: str,
-    differences: dict[str, np.ndarray],
-    than: str,
-    against: str,
-    metric: Metric,
-    share: dict[str, float] | None = None,
-) -> list[str]:
-    """What may be said about each difference, sorted into better, worse and unknown.
+def _of_sum(*arms: np.ndarray) -> Interval:
+    """Interval of the sum of the means of f[P, E], a P for each arm: policies of an arm apart, environments shared."""
+    arms = tuple(complete(arms))
+    envs = arms[0].shape[1]
+    by_env = np.sum([arm.mean(0) for arm in arms], axis=0)
+    if envs < 2:
+        return mean_interval(by_env)
+    parts, rest = [], 0.0
+    for arm in (arm for arm in arms if len(arm) > 1):
+        policies, mean, by_policy = len(arm), arm.mean(), arm.mean(1)
+        of_policy = envs * ((by_policy - mean) ** 2).sum() / (policies - 1)
+        of_rest = ((arm - by_policy[:, None] - arm.mean(0) + mean) ** 2).sum() / (policies - 1) / (envs - 1)
+        parts.append((max(of_policy - of_rest, 0.0) / arm.size, policies - 1))
+        rest += of_rest / arm.size
+    parts.append((max(by_env.var(ddof=1) / envs, rest), envs - 1))
+    return of_parts(by_env.mean().item(), parts, envs)
 
-    With `share`, the subject's added parameters over those of the other: better, or as good by the metric's margin at
-    under half.
+
+def of_parts(mean: float, parts: Sequence[tuple[float, int]], n: int, *, null: float = 0.0) -> Interval:
+    """Interval of a statistic whose variance is a sum of independent parts, each times its own t quantile (Howe, 1974).
+
+    Args:
+      parts: variances with their degrees of freedom.
+      null: what the p-value is of.
     """
-    said: dict[str, list[str]] = {"better": [], "worse": []}
-    unknown, frugal = [], []
-    for name, samples in differences.items():
-        gain = crossed_interval(samples)
-        mean, low, high = (signed(value, metric.digits) for value in gain[:3])
-        text = f"{name} ({mean} [{low}, {high}])"
-        least = gain.low if metric.higher_is_better else -gain.high
-        if gain.excludes_zero:
-            said["better" if least > 0 else "worse"].append(text)
-        elif not (share and least > -metric.margin and share.get(name, np.inf) < 0.5):
-            unknown.append(name)
-        if share and -metric.margin < least <= 0 and share.get(name, np.inf) < 0.5:
-            frugal.append(f"{text} with {share[name]:.2f} times the parameters that it adds")
-    if frugal:
-        said[f"not worse by more than {metric.margin:g} {metric.points}"] = frugal
-    if subject:
-        parts = [f"{subject}{side} {than} {', '.join(names)}" for side, names in said.items() if names]
-        return parts + ([f"nothing may be claimed about {against} {', '.join(unknown)}"] if unknown else [])
-    parts = [f"{side} {than}: {', '.join(names)}" for side, names in said.items() if names]
-    return parts + ([f"nothing may be claimed about {', '.join(unknown)} against {against}"] if unknown else [])
+    variance, freedom = np.array(parts, np.float64).T
+    half = _half(0.5 + CONFIDENCE / 2, variance, freedom)
+    return Interval(mean, mean - half, mean + half, n, _touching(abs(mean - null), variance, freedom))
+
+
+def _half(quantile: float, variance: np.ndarray, freedom: np.ndarray) -> float:
+    return float(np.sqrt((stdtrit(freedom, quantile) ** 2 * variance).sum()))
+
+
+LEAST_P = 1e-100  # smaller ones are not told apart
+
+
+def _touching(distance: float, variance: np.ndarray, freedom: np.ndarray) -> float:
+    """p at which half an interval is as wide as the distance, by bisection of its logarithm."""
+    if not np.isfinite([distance, variance.sum()]).all():
+        return float("nan")
+    if distance == 0 or not variance.any():
+        return float(distance == 0)
+    low, high = np.log(LEAST_P), 0.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if _half(np.exp(middle) / 2, variance, freedom) > distance:
+            low = middle
+        else:
+            high = middle
+    return float(np.exp(high))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values f[N] corrected for their number (Holm, 1979): below 5 %, false ones among them are at most that likely.
+
+    The k-th smallest of m is multiplied by m - k + 1, and is at least what the smaller ones became. NaN is no
+    comparison and stays NaN.
+
+    >>> holm(np.array([0.01, 0.04, np.nan, 0.03])).tolist()
+    [0.03, 0.06, nan, 0.06]
+    """
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN comes last
+    adjusted = np.full(p.shape, np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return adjusted
 
 
 def signed(value: float, digits: int = 2) -> str:

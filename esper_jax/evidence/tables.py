@@ -1,13 +1,16 @@
-"""The result of a run: its table and its sentence, from the arrays of metrics.npz."""
+"""The result of a run: its table and its sentences, from the arrays of metrics.npz."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED
-from esper_jax.evidence.statistics import METHOD, crossed_interval, signed, verdict
+from esper_jax.evidence import verdict
+from esper_jax.evidence.bootstrap import bootstrap_interval, interquartile_mean, probability_of_improvement
+from esper_jax.evidence.statistics import METHOD, Interval, signed
 from esper_jax.metric import Metric, perplexity
 
 
@@ -23,7 +26,7 @@ def notes(metrics: dict[str, np.ndarray], bigram_loss: float | None = None) -> t
     unit = metric.unit
     return (
         f"{METHOD}.",
-        "* the interval of the difference excludes 0; not corrected for the number of comparisons.",
+        "* beyond chance at 5 %, corrected for the number of arms (Holm); the intervals are not corrected.",
         f"test {unit}, differences, params (relative to the bare host): of what was kept (fossilised).",
         f"final {unit}: of the network as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is",
         "better. kept: seeds per environment.",
@@ -90,13 +93,14 @@ def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
     loss, fossils = (by_arm(metrics, field) for field in ("test_committed_loss", "fossilised"))
     size, metric, rows = sizes(metrics), metric_of(metrics), []
     digits = metric.digits
+    by_value, by_loss = verdict.gains(kept), verdict.gains(loss)
     for arm in kept:
-        difference = lambda samples, digits=2, arm=arm: (
-            "-" if arm == BASELINE else _starred(samples[arm] - samples[BASELINE], digits)
-        )
-        plain = (_plain(kept[arm], digits), difference(kept, digits), _plain(final[arm], digits))
-        of_loss = difference(loss, 2 if metric.higher_is_better else digits)
-        rows.append([arm, *plain, of_loss, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
+        gain, of_loss = "-", "-"
+        if arm != BASELINE:
+            gain = _starred(by_value[arm], digits)
+            of_loss = _starred(by_loss[arm], 2 if metric.higher_is_better else digits)
+        plain = (_plain(kept[arm], digits), gain, _plain(final[arm], digits), of_loss)
+        rows.append([arm, *plain, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
     return rows
 
 
@@ -105,18 +109,73 @@ def _plain(samples: np.ndarray, digits: int) -> str:
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
-def _starred(samples: np.ndarray, digits: int) -> str:
-    interval = crossed_interval(samples)
-    half = interval.high - interval.mean
-    text = signed(interval.mean, digits) + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
-    return text + ("*" if interval.excludes_zero else " ")
+def _starred(claim: verdict.Claim, digits: int) -> str:
+    return plus_minus(claim.interval, digits) + ("*" if claim.certain else " ")
+
+
+def plus_minus(interval: Interval, digits: int) -> str:
+    """A mean with its sign and half its interval, if there is one.
+
+    >>> plus_minus(Interval(1.0, 0.5, 1.5, 9), 2)
+    '+1.00 ± 0.50'
+    """
+    half = interval.half
+    return signed(interval.mean, digits) + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def headline(metrics: dict[str, np.ndarray], data: str, meant: str | None = None) -> str:
+    """What was found, for ten seconds; `meant` are other data, about which nothing may be claimed."""
+    return verdict.headline(values(metrics), sizes(metrics), data=data, metric=metric_of(metrics), meant=meant)
 
 
 def sentence(metrics: dict[str, np.ndarray], data: str, meant: str | None = None) -> str:
-    """What may be claimed and what not; `meant` are other data, about which nothing may be."""
-    metric = metric_of(metrics)
-    kept, size = values(metrics), sizes(metrics)
-    return verdict(kept, size, learned=LEARNED, baseline=BASELINE, data=data, metric=metric, meant=meant)
+    """The headline, and what may be claimed and what not of every comparison."""
+    details = verdict.details(values(metrics), sizes(metrics), data=data, metric=metric_of(metrics))
+    return f"{headline(metrics, data, meant)} {details}"
+
+
+def answers(metrics: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+    """Questions and answers of the control arms that are there."""
+    return verdict.answers(values(metrics), metric_of(metrics))
+
+
+class Point(NamedTuple):
+    """What an arm gained, and at which price."""
+
+    size: float  # parameters of what was kept, relative to the bare host
+    flops: float  # executed in training the host, relative to the bare host; NaN where not measured
+    gain: Interval  # over the bare host, in the metric's unit; more is better
+
+
+def frontier(metrics: dict[str, np.ndarray]) -> dict[str, Point]:
+    """Of each arm; the bare host is where all begin, and its gain is 0 without an interval."""
+    kept, size, metric = values(metrics), sizes(metrics), metric_of(metrics)
+    sign = 1 if metric.higher_is_better else -1
+    gain = verdict.gains({arm: sign * value for arm, value in kept.items()})
+    work = by_arm(metrics, "train_flops") if "arms/train_flops" in metrics else {}
+    flops = {arm: float(np.nanmean(spent) / np.nanmean(work[BASELINE])) for arm, spent in work.items()}
+    start = Interval(0.0, np.nan, np.nan, kept[BASELINE].shape[1])
+    return {
+        arm: Point(float(np.nanmean(size[arm])), flops.get(arm, np.nan), gain[arm].interval if arm in gain else start)
+        for arm in kept
+    }
+
+
+def robust(metrics: dict[str, np.ndarray]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows that no outlier can move: what a mean may hide. By resampling, so it takes a second.
+
+    The interquartile mean of an arm's gains over the bare host (in the metric's unit, as in `table`), and how probably
+    it is better than the bare host in an environment.
+    """
+    kept, metric, rows = values(metrics), metric_of(metrics), []
+    for arm in (arm for arm in kept if arm != BASELINE):
+        middle = bootstrap_interval(interquartile_mean, kept[arm] - kept[BASELINE])
+        better = probability_of_improvement(kept[arm], kept[BASELINE], higher_is_better=metric.higher_is_better)
+        low, high = (f"{100 * value:.0f}" for value in better[1:3])
+        share = "-" if np.isnan(better.mean) else f"{100 * better.mean:.0f} %"
+        interval = "" if np.isnan(better.low) else f" [{low}, {high}]"
+        rows.append([arm, plus_minus(middle, metric.digits), share + interval])
+    return ("arm", f"interquartile mean - {BASELINE}", f"better than {BASELINE}"), rows
 
 
 def samples(metrics: dict[str, np.ndarray], prompt: str, text: Callable[[np.ndarray], str]) -> str:

@@ -1,4 +1,4 @@
-"""What a run will ask for, before anything is compiled: bytes, and on CPUs time; what cannot fit is refused."""
+"""What a run will ask for, before anything is compiled: bytes, work, and on CPUs time; what cannot fit is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import jax
 import numpy as np
 
 from esper_jax.config import Config
+from esper_jax.data import AnyDataset
 from esper_jax.enums import LEARNED
 from esper_jax.env import observation
+from esper_jax.network import model as networks
+from esper_jax.network import seed_bank
 from esper_jax.run import devices, records
 from esper_jax.train import Metrics, Rollout, Train, round_of
 
@@ -119,6 +122,46 @@ def flops(jaxpr: Any, pick: Any) -> float:
             if counts:
                 total += pick(counts) if name == "cond" else eqn.params.get("length", 1) * sum(counts)
     return total
+
+
+class Work(NamedTuple):
+    """FLOP of training for one epoch: of the host, and of each seed that acts."""
+
+    host: float
+    seeds: np.ndarray  # f[S, N] by slot and number in the catalog; 0 for what is not offered
+
+
+def work(cfg: Config, dataset: AnyDataset) -> Work:
+    """As XLA counts what is lowered, additions of bias and norm included; backwards twice as much as forwards (Kaplan
+    et al., 2020)."""
+    model = jax.eval_shape(
+        lambda: networks.init(
+            jax.random.key(0), cfg.host, blueprints=(), example=dataset.example, outputs=dataset.outputs
+        )
+    )
+    host, names = model.host, cfg.lifecycle.catalog
+    blueprints = seed_bank.table(cfg.lifecycle.blueprints, cfg.host.modules)[1:]
+    one = dataset.validation.inputs
+    batch = jax.ShapeDtypeStruct((cfg.training.batch_size, *one.shape[1:]), one.dtype)
+    batch = jax.eval_shape(dataset.prepare, batch)
+    embed = lambda host, x: host.embed(x, dtype=cfg.training.compute_dtype, tile_pixels=0)
+    count = lambda fun, *args: jax.jit(fun).lower(*args).cost_analysis().get("flops", 0.0)
+    tile, total = jax.eval_shape(lambda *args: embed(*args)[0], host, batch), count(embed, host, batch)
+    seeds = np.zeros((len(cfg.host.slot_names), len(names)))
+    for segment in range(host.n_segments):
+        run = lambda host, tile, i=segment: host.eval_segment(i, tile)
+        total += count(run, host, tile)
+        tile = jax.eval_shape(run, host, tile)
+        if segment in cfg.host.slot_segments:
+            slot = cfg.host.slot_segments.index(segment)
+            for blueprint in blueprints:
+                width = blueprint.layout.width(tile)
+                params = jax.eval_shape(lambda b=blueprint, w=width: b.init(jax.random.key(0), w))
+                run = lambda params, tile, b=blueprint: b.after_stem(params, tile, b.stem_of(params, tile))
+                seeds[slot, names.index(blueprint.name)] = count(run, params, tile)
+    total += count(lambda host, tile: host.read_out(tile), host, tile)
+    epoch = 3.0 * cfg.training.batches_per_epoch
+    return Work(epoch * total, epoch * seeds)
 
 
 def span(least: float, most: float) -> str:

@@ -521,17 +521,19 @@ def report_stopped(job: Job) -> None:
     """What there is of a run that was stopped: the arrays of its rounds, and how its policies learned."""
     rounds = records.RoundLog.read(job.out / "checkpoints" / "rounds")
     records.write_arrays(job.out / "metrics.npz", rounds)
-    for path in pictures(job, rounds, ("learning",)):
-        job.console.say(f"wrote {path}: what there is so far", always=True)
+    if pictures(job, rounds, ("learning",)).drawn:
+        job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
 
 
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     # matplotlib takes a third of a second, which nobody has to wait for while the arms are played
-    compilation.background({"figures": lambda: importlib.import_module("esper_jax.evidence.figures")})
+    load = lambda: importlib.import_module("esper_jax.evidence.figures")
+    beside = compilation.background({"work": lambda: estimate.work(job.cfg, job.train.dataset), "figures": load})
     with job.console.step("arms", " ".join(job.train.controllers)):
         dataset = job.train.dataset
         arms = job.train.compare(job.key, run, job.train.controllers)
-        return records.arm_arrays(arms, job.cfg.lifecycle.catalog, dataset.metric(dataset.test))
+        flops = beside["work"].result()
+        return records.arm_arrays(arms, job.cfg.lifecycle.catalog, dataset.metric(dataset.test), *flops)
 
 
 def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
@@ -550,36 +552,46 @@ def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
         if dataset.prompt is not None:
             samples = tables.samples(metrics, dataset.text(dataset.prompt), dataset.text)
             files.write_text(out / "samples.txt", samples)
-        shown = pictures(job, metrics, ("grown", "curves", "seeds") + ("learning",) * bool(job.cfg.rounds))
+    console.table(columns, rows)
+    for line in (*notes, "", claim, ""):
+        console.say(line, always=True)
+    with console.step("report", str(out / "report.html")):
+        shown = pictures(job, metrics)
         seconds = console.durations | {"total": console.elapsed()}
         card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        page = report.page(title, columns, rows, notes, claim, shown, card, job.meant, samples)
+        page = report.page(title, metrics, card, shown, meant=job.meant, samples=samples)
         files.write_text(out / "report.html", page)
         files.write_json(out / "run.json", card)  # last: it says that all is there
-    console.table(columns, rows)
-    for line in (*notes, "", claim, "", f"wrote {out}{os.sep}  (open report.html)"):
-        console.say(line, always=True)
+    console.say(f"wrote {out}{os.sep}  (open report.html)", always=True)
 
 
-def pictures(job: Job, metrics: dict[str, np.ndarray], names: tuple[str, ...]) -> dict[Path, str]:
-    """Draws pictures of a run, by the names of their functions: files and captions, without those that failed."""
-    drawn: dict[Path, str] = {}
-    warn = lambda what, error: job.console.say(
-        f"  no {what}: {type(error).__name__}: {command.line(error)}", style="bold red", always=True
-    )
+def pictures(job: Job, metrics: dict[str, np.ndarray], names: tuple[str, ...] = ()) -> report.Pictures:
+    """Draws pictures of a run for its page, and those that are files as well, by the names of their functions; all by
+    default. One that fails costs no more than itself."""
+    shown = report.Pictures({}, {})
+
+    def lose(name: str, what: str, error: Exception) -> None:
+        shown.lost[name] = f"{type(error).__name__}: {command.line(error)}"
+        job.console.say(f"  no {what}: {shown.lost[name]}", style="bold red", always=True)
+
     try:  # matplotlib is slow to import, and the first lines should be quick
         from esper_jax.evidence import figures
     except Exception as error:  # whatever an installation or its settings make it raise
-        warn("pictures", error)
-        return drawn
-    for name in names:
+        lose(report.ALL, "pictures", error)
+        return shown
+    for name in names or figures.PICTURES:
         path = job.out / f"{name}.png"
+        is_file = name in figures.FILES
         try:
-            drawn[path] = getattr(figures, name)(path, metrics, job.card["data"]["name"])
+            panels = getattr(figures, name)(metrics, job.card["data"]["name"])
+            if panels and is_file:
+                figures.write(path, name, panels, job.card["data"]["name"])
+            if panels:
+                shown.drawn[name] = figures.inline(name, panels)
         except Exception as error:  # a run is worth more than a picture of it
-            warn(path.name, error)
+            lose(name, path.name if is_file else f"picture of {name}", error)
             path.unlink(missing_ok=True)
-    return drawn
+    return shown
 
 
 def stopped(error: OSError, out: Path) -> str:

@@ -2,7 +2,9 @@
 
     metrics.npz      rounds/<field> [R, P, E, T, ...], learner/<metric> [R, P] (head_entropy [R, P, 8]: by head),
                      arms/<field> [A, E, T, ...], arms/names [A], arms/policy_seed [A],
-                     arms/blueprints [N] (names by number), arms/text [A, E, tokens] (what networks of text wrote)
+                     arms/blueprints [N] (names by number), arms/train_flops [A, E] of an episode,
+                     arms/shape [A, E, S, 2] (blueprint and algorithm of what was kept, -1 where nothing was),
+                     arms/text [A, E, tokens] (what networks of text wrote)
     lifecycle.jsonl  one row per stage transition or op of the comparison's episodes (rounds are in metrics.npz)
     outcomes.csv     one row per (arm, policy, environment) of the comparison
 
@@ -29,6 +31,7 @@ import jax
 import numpy as np
 
 from esper_jax.enums import LEARNED
+from esper_jax.env.state import StepInfo
 from esper_jax.evidence.tables import metric_arrays
 from esper_jax.metric import Metric
 from esper_jax.run.files import sha256, whole
@@ -94,12 +97,15 @@ def reached(arrays: dict[str, np.ndarray]) -> tuple[np.float32, np.float32]:
     return arrays["rounds/val_accuracy"][..., -1].mean(), arrays["rounds/val_loss"][..., -1].mean()
 
 
-def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: Metric) -> dict[str, np.ndarray]:
+def arm_arrays(
+    arms: dict[str, Comparison], blueprints: Sequence[str], metric: Metric, host_flops: float, seed_flops: np.ndarray
+) -> dict[str, np.ndarray]:
     """The comparison's arrays with a leading A, in the order of `arms/names`, and what its report is about.
 
     Args:
       blueprints: names by number.
       metric: of the report-test split.
+      host_flops, seed_flops: of training for one epoch, see `estimate.Work`.
     """
     per_arm: list[dict[str, np.ndarray]] = []
     names: list[str] = []
@@ -109,7 +115,8 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
         counts = {name: getattr(result, name) for name in ("germinated", "fossilised", "pruned", "rollbacks")}
         arrays = rollout_arrays(result.rollout) | jax.device_get(counts)
         arrays |= {"shape": result.shape.astype(np.int8)}
-        arrays |= {"text": result.text} if result.text.size else {}
+        arrays |= {"train_flops": train_flops(result.rollout.info, host_flops, seed_flops)}
+        arrays |= {"text": result.text} if result.text is not None and result.text.size else {}
         arrays |= {f"test_{f.name}": getattr(test, f.name) for f in dataclasses.fields(test)}
         if name not in LEARNED:  # a rule predicts nothing
             arrays["value"] = np.full_like(arrays["value"], np.nan)
@@ -120,6 +127,16 @@ def arm_arrays(arms: dict[str, Comparison], blueprints: Sequence[str], metric: M
     joined = {f"arms/{name}": np.concatenate([arrays[name] for arrays in per_arm]) for name in per_arm[0]}
     labels = {"names": names, "policy_seed": policies, "blueprints": blueprints}
     return {f"arms/{name}": np.array(values) for name, values in labels.items()} | joined | metric_arrays(metric)
+
+
+_ACTS = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)  # where a seed is computed (`network.blend`)
+
+
+def train_flops(info: StepInfo, host_flops: float, seed_flops: np.ndarray) -> np.ndarray:
+    """f[...] FLOP of training in episodes [..., T]: of the host in every epoch, and of the seeds that act in it."""
+    slots = np.arange(seed_flops.shape[0])
+    seeds = np.where(np.isin(info.stage, _ACTS), seed_flops[slots, np.maximum(info.blueprint, 0)], 0.0)
+    return host_flops * info.stage.shape[-2] + seeds.sum((-2, -1))
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

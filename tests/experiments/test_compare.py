@@ -1,6 +1,7 @@
-"""Runs that differ by their seed, pooled."""
+"""Runs that differ by their seed, pooled, and others side by side."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,8 @@ import tiny
 import tiny_run
 
 from esper_jax.evidence import tables
+from esper_jax.evidence.statistics import Interval, crossed_interval, mean_interval
+from esper_jax.metric import ACCURACY, bits_per_character
 from esper_jax.run import files, provenance, records
 from experiments import compare
 
@@ -20,7 +23,8 @@ def runs(tmp_path):
     for seed, more in ((0, 0.0), (1, 1.0), (2, 4.0)):
         folder = tmp_path / f"seed{seed}"
         folder.mkdir()
-        metrics = dict(tiny_run.result().metrics)
+        rounds = tiny_run.result().rounds
+        metrics = tiny_run.result().metrics | {name: np.stack([r[name] for r in rounds]) for name in rounds[0]}
         learned = ~np.isin(metrics["arms/names"], ["never"])
         kept = metrics["arms/test_committed_accuracy"]
         metrics["arms/test_committed_accuracy"] = kept + np.float32(more) * learned[:, None]
@@ -52,28 +56,113 @@ def change(folder, **changes):
     files.write_json(folder / "run.json", card | changes)
 
 
+def other_rounds(folder):
+    change(folder, config=tiny_run.CONFIG.replace(seed=1, rounds=3).to_dict())
+
+
+def other_metric(folder):
+    arrays = records.read_arrays(folder / "metrics.npz")
+    records.write_arrays(folder / "metrics.npz", arrays | tables.metric_arrays(bits_per_character(64)))
+
+
+def other_arms(folder):
+    arrays = records.read_arrays(folder / "metrics.npz")
+    arrays["arms/names"] = np.where(arrays["arms/names"] == "eager", "keen", arrays["arms/names"])
+    records.write_arrays(folder / "metrics.npz", arrays)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda f: change(f, status="running"), "its status is 'running': must be complete"),
         (lambda f: shutil.copy(f.with_name("seed0") / "run.json", f / "run.json"), "has the seed 0, as .*seed0 has"),
-        (lambda f: change(f, data={"identity": "md5:0", "name": "x"}), "is a run on other data than .*seed0"),
-        (
-            lambda f: change(f, config=tiny_run.CONFIG.replace(seed=1, rounds=3).to_dict()),
-            "rounds = 3, but 2 in .*seed0: must be the same",
-        ),
         (lambda f: (f / "metrics.npz").write_bytes(b"x"), "metrics.npz: is damaged"),
         (lambda f: records.write_arrays(f / "metrics.npz", {"x": np.zeros(2)}), "metrics.npz: must be the arrays of a"),
         (lambda f: (f / "run.json").unlink(), "must be the folder of a run"),
     ],
 )
-def test_what_cannot_be_pooled_is_refused(runs, capsys, spoil, said):
+def test_what_is_no_run_is_refused(runs, capsys, spoil, said):
     spoil(runs[1])
     with pytest.raises(ValueError, match=said):
-        compare.check([compare.read(folder) for folder in runs])
+        compare.grouped([compare.read(folder) for folder in runs])
     assert compare.main(list(map(str, runs))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "field", "values"),
+    [
+        (other_rounds, "rounds", ["2", "3"]),
+        (lambda f: change(f, data={"identity": "md5:0", "name": "x"}), "data", ["tiny .*", "x .*"]),
+        (other_arms, "arms", ["never random eager .*", "never random keen .*"]),
+        (other_metric, "metric", ["accuracy", "bits per character"]),
+    ],
+)
+def test_runs_that_differ_by_more_than_their_seed_are_not_pooled(runs, capsys, spoil, field, values):
+    spoil(runs[1])
+    groups = compare.grouped([compare.read(folder) for folder in runs])
+    assert [[run.folder for run in group] for group in groups] == [[runs[0], runs[2]], [runs[1]]]
+    found = compare.differing(groups)
+    assert list(found) == [field]
+    for value, wanted in zip(found[field], values, strict=True):
+        assert re.fullmatch(wanted, value)
+    assert compare.main(list(map(str, runs))) == 0
+    out = capsys.readouterr().out
+    assert "Student's t over 2 runs of preset" in out and "one run of preset smoke" in out
+    if field == "rounds":
+        assert "A: rounds = 2\n" in out and "B: rounds = 3\n" in out
+
+
+def test_one_run_has_its_own_interval(runs):
+    other_rounds(runs[1])
+    _, (alone,) = compare.grouped([compare.read(folder) for folder in runs])
+    kept = tables.values(records.read_arrays(runs[1] / "metrics.npz"))
+    assert compare.pooled([alone])["policy"] == crossed_interval(kept["policy"] - kept["never"])
+
+
+def test_a_star_is_for_what_is_beyond_chance_among_all_arms():
+    """Three gains of 9.9, 10, 10.1 are beyond chance, and so are the other arm's, until it is one of many."""
+    interval = lambda values: mean_interval(np.array(values))
+    run = lambda seed, gains: compare.Finished(
+        None, {"config": {"seed": seed}}, {a: Interval(g, *[np.nan] * 2, 4) for a, g in gains.items()},
+        dict.fromkeys(gains, 1.0), {}, ACCURACY,
+    )  # fmt: skip
+    unsure = (2.0, 3.0, 4.0)  # mean 3, standard error 0.577, t = 5.2, p = 0.035
+    assert 0.03 < interval(unsure).p < 0.04
+    alone = [run(i, {"never": 0.0, "a": v}) for i, v in enumerate(unsure)]
+    assert compare.rows(alone)[1][1][1].endswith("*")
+    # as one of two, of which the other one is surer, it still is; as one of three it is not: 2 p > 0.05
+    sure = (9.9, 10.0, 10.1)
+    three = [
+        run(i, {"never": 0.0, "a": v, "b": w, "c": x})
+        for i, (v, w, x) in enumerate(zip(unsure, sure, (-1.0, 0.0, 1.0), strict=True))
+    ]
+    cells = {row[0]: row[1] for row in compare.rows(three)[1]}
+    assert cells["b"].endswith("*") and not cells["a"].endswith("*") and not cells["c"].endswith("*")
+
+
+def test_page(runs, tmp_path):
+    other_rounds(runs[1])
+    file = tmp_path / "page.html"
+    assert compare.main([*map(str, runs), "--page", str(file)]) == 0
+    page = file.read_text()
+    assert len(page) < 3_000_000 and "http" not in page and "src=" not in page and "<script" not in page
+    headings = re.findall("<h[23]>(.*)</h[23]>", page)
+    assert headings == [
+        "A: rounds = 2", "B: rounds = 3", "Gains", "Learning", "In what the groups differ", "Runs",
+    ]  # fmt: skip
+    assert page.count("<svg") == 1 + 3  # one metric; return, seeds kept and validation by round
+    assert all(str(folder) in page for folder in runs)
+    assert "<tr><td>rounds</td><td>2</td><td>3</td></tr>" in page
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_page_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
+    assert compare.main([*map(str, runs), "--page", str(tmp_path / "no" / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "page.html" in line and "No such file" in line
 
 
 def test_one_run_is_no_experiment(runs, capsys):

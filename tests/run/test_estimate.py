@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
 from jax import lax
 
+from esper_jax import data, presets
 from esper_jax.config import Config
 from esper_jax.run import compilation, devices, estimate
 
@@ -116,3 +118,30 @@ def test_memory_is_what_may_be_used(tmp_path, files, bytes_):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     assert devices.host_memory(tmp_path) == bytes_
+
+
+def test_work_of_training():
+    """A convolution of 3x3 from c to d channels at p positions is 2 p 9 c d per image; XLA counts what lies beyond the
+    border less, and adds what norms, activations and pooling take."""
+    cfg = presets.get("smoke", "digits")
+    images = cfg.training.batch_size * cfg.training.batches_per_epoch
+    host, seeds = estimate.work(cfg, data.load(cfg.data))
+    # digits are 8x8 with one channel: to 2 channels, pooled to 4x4, to 4 channels, pooled to 2x2, then 4 to 10 classes
+    products = 2 * (64 * 9 * 1 * 2 + 16 * 9 * 2 * 4 + 4 * 10)
+    assert products < host / (3 * images) < 1.3 * products
+    names = cfg.lifecycle.catalog
+    assert seeds.shape == (2, len(names))
+    # conv_light at 4x4 with 2 channels and at 2x2 with 4
+    light = 2 * 9 * np.array([16 * 2 * 2, 4 * 4 * 4])
+    found = seeds[:, names.index("conv_light")] / (3 * images)
+    assert (0.5 * light < found).all() and (found < 1.5 * light).all()
+    norm = seeds[:, names.index("norm")] / (3 * images)
+    assert (0 < norm).all() and (norm < 0.3 * light).all()
+    assert not seeds[:, names.index("conv_heavy")].any()  # not offered
+
+
+def test_work_of_text():
+    cfg = presets.text("smoke")
+    host, seeds = estimate.work(cfg, data.load(cfg.data))
+    wide, narrow = (seeds[0, cfg.lifecycle.catalog.index(name)] for name in ("mlp", "lora"))
+    assert host > wide > narrow > 0

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,3 +200,14 @@ def test_a_rollback_is_the_governors():
     place = {"arm": "eager", "policy_seed": 0, "env": e, "epoch": t + 1, "slot": s}
     here = [row for row in records.lifecycle(arrays) if place.items() <= row.items()]
     assert [(row["cause"], row["panic"]) for row in here] == [("governor", "non_finite")]
+
+
+def test_executed_work():
+    """Two epochs, two slots: the host twice at 10, one seed of 3 in both epochs, one of 5 in the second only; a seed
+    that has just germinated is not computed yet."""
+    acts, waits = int(Stage.TRAINING), int(Stage.GERMINATED)
+    info = SimpleNamespace(
+        stage=np.array([[[acts, waits], [Stage.FOSSILIZED, Stage.BLENDING]]]), blueprint=np.array([[[1, 2], [1, 2]]])
+    )
+    seeds = np.array([[0.0, 3.0, 4.0], [0.0, 6.0, 5.0]])
+    assert records.train_flops(info, 10.0, seeds).tolist() == [2 * 10 + 3 + 3 + 5]

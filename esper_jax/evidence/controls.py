@@ -1,0 +1,54 @@
+"""The arms that answer a question about the learned policy, and how an arm's rows belong to policies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from esper_jax.enums import BASELINE, GREEDY, LEARNED, POLICY
+
+
+class Control(NamedTuple):
+    """An arm, what the policy's difference to it answers, and the answer if the policy is ahead or behind."""
+
+    question: str
+    ahead: str = ""
+    behind: str = ""
+    rule: bool = False  # a way of growing that knows nothing of the policy, so one of those that it has to beat
+    replayed: bool = False  # row p is made of policy p's own episodes
+
+
+TUNED, ORACLE, RANDOM = "periodic_tuned", "oracle", "random"
+CONTROLS = {
+    "static_final": Control(
+        "Does growing matter, or only the final shape?",
+        "growing matters",
+        "the final shape from the start is better",
+        replayed=True,
+    ),
+    "static_wide": Control(
+        "Is it only the number of parameters?", "it is more than their number", "a wider host is better"
+    ),
+    "blind": Control("Does it need to look?", "looking pays", "it is better without looking"),
+    "fixed": Control("Does it adapt?", "it adapts, and that pays", "its usual schedule is better", replayed=True),
+    "random_matched": Control(
+        "Is it more than doing as much at random?", "it is", "doing as much at random is better", replayed=True
+    ),
+    TUNED: Control("Does it beat a tuned rule?", "it does", "the tuned rule is better", rule=True),
+    ORACLE: Control("How much is left to gain?"),  # the yardstick of what is possible, and so no rule to be beaten
+}
+BEST_EAGER = Control("Does it beat growing the best module at once?", "it does", "growing it at once is better")
+
+
+def is_rule(arm: str) -> bool:
+    """One of those of which the best has to be beaten."""
+    return arm not in (BASELINE, *LEARNED) and (arm not in CONTROLS or CONTROLS[arm].rule)
+
+
+def is_eager(arm: str) -> bool:
+    """`eager`, or one of a single blueprint."""
+    return arm == "eager" or arm.startswith("eager_")
+
+
+def same_policies(arm: str, other: str) -> bool:
+    """Whether row p of both comes from policy p."""
+    return all(name in (POLICY, GREEDY) or name in CONTROLS and CONTROLS[name].replayed for name in (arm, other))

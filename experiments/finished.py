@@ -1,0 +1,93 @@
+"""A finished run, opened again: what it was, the program that made it, and its state at any round.
+
+A run is a function of its configuration, data and keys, so what no checkpoint holds is computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from esper_jax import Config, data, make_train
+from esper_jax.config import TextConfig
+from esper_jax.control.arms import controllers
+from esper_jax.run import checkpoint, compilation, devices, provenance, records
+from esper_jax.run.console import Console
+from esper_jax.run.job import RETURN_AFTER
+from esper_jax.train import RunState, Train
+
+
+class Finished(NamedTuple):
+    """A run that is complete."""
+
+    folder: Path
+    card: dict[str, Any]  # run.json
+    cfg: Config
+    dataset: data.AnyDataset
+    train: Train
+    key: jax.Array
+    run: RunState  # after the last round
+
+
+def open_run(folder: Path, console: Console, data_dir: Path | None = None, text: Sequence[str] = ()) -> Finished:
+    """Reads a run, finds its data, and restores its last state.
+
+    Args:
+      data_dir: folder that holds the data of images, if not where the run found them.
+      text: files of the run's text, if they were moved.
+
+    Raises ValueError and OSError for what is no finished run, or one whose data are others here.
+    """
+    card = provenance.read_finished(folder)
+    cfg = Config.from_json(json.dumps(card["config"]))
+    of_text = isinstance(cfg, TextConfig)
+    if data_dir and of_text or text and not of_text:
+        option = "--data-dir" if data_dir else "--text"
+        raise ValueError(f"{option} {data_dir or ' '.join(text)}: {folder} is a run on {cfg.data.name}")
+    cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
+    cfg = cfg.replace(**{"data.files": tuple(text)}) if text else cfg
+    devices.use_cpus(cfg.devices)
+    devices.backend()
+    dataset = data.load(cfg.data, announce=console.say)
+    if not provenance.same_data(dataset.identity, card["data"]["identity"]):
+        raise ValueError(f"{folder}: its data are {card['data']['identity']}, what is found here {dataset.identity}")
+    train, key = make_train(cfg, dataset, controllers(cfg, card["script"])), jax.random.key(cfg.seed)
+    return state_at(Finished(folder, card, cfg, dataset, train, key, None), cfg.rounds, console)
+
+
+def state_at(finished: Finished, number: int, console: Console) -> Finished:
+    """The run as it was before round `number`, from 0 on; after the last one if that is the number of rounds.
+
+    From the newest checkpoint that is no later, and by playing the rounds since then again. Raises ValueError if that
+    cannot be done.
+    """
+    folder, card, cfg, dataset, train, key, _ = finished
+    kept = folder / "checkpoints"
+    known = [step for step in checkpoint.steps(kept) if step <= number]
+    if known:
+        meta = {"config": provenance.computed(cfg, card["added"]), "data": provenance.digest(dataset.identity)}
+        run, done = checkpoint.restore(kept, compilation.run_template(train, cfg, key), meta, step=known[-1])
+    else:
+        run, done = train.init(key), 0
+    if done < number:
+        with console.step("replay", f"rounds {done} to {number - 1}, which no checkpoint holds"):
+            check_no_return(finished.folder, done, number)
+            for _ in range(done, number):
+                run, _ = train.update(key, run)
+    return finished._replace(run=run)
+
+
+def check_no_return(folder: Path, first: int, last: int) -> None:
+    """Raises ValueError if a policy returned to an earlier state of itself in a round from `first` to before `last`:
+    the run does not say to which."""
+    arrays = records.read_arrays(folder / "metrics.npz")
+    idle = records.dead({name: array for name, array in arrays.items() if name.startswith("learner/")})
+    for number in range(max(first, RETURN_AFTER), last):
+        if idle[number - RETURN_AFTER : number].all(0).any():
+            raise ValueError(
+                f"{folder}: a policy returned to an earlier state before round {number}: cannot be replayed"
+            )
