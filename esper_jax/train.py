@@ -441,6 +441,8 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
         return devices.split(who, mesh) if devices.several() else who
 
     def init(key: Array, hypers: Hypers | None = None) -> RunState:
+        # those of another run lie on all devices, and drawing parameters there never came to an end (jax 0.10 on CPUs)
+        hypers = hypers if hypers is None else devices.fetch(hypers)
         return devices.replicate(start(key, hypers), mesh)
 
     def update(key: Array, run: RunState) -> tuple[RunState, Metrics]:

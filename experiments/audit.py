@@ -26,7 +26,7 @@ from esper_jax.evidence.tables import text_table
 from esper_jax.run import command, files, options
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
-from experiments.finished import Finished, open_run
+from experiments.finished import Finished, open_run, prepare
 
 PROGRAM = "python -m experiments.audit"
 MODES = get_args(get_type_hints(RewardConfig)["mode"])
@@ -72,7 +72,7 @@ def audit(folder: Path, console: Console, data_dir: Path | None = None, text: tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    command.use_plain_streams()
+    prepare()
 
     def chosen(
         run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None, text: tuple[str, ...] = ()

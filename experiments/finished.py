@@ -15,7 +15,7 @@ import jax
 from esper_jax import Config, data, make_train
 from esper_jax.config import TextConfig
 from esper_jax.control.arms import controllers
-from esper_jax.run import checkpoint, compilation, devices, provenance, records
+from esper_jax.run import checkpoint, command, compilation, devices, provenance, records
 from esper_jax.run.console import Console
 from esper_jax.run.job import RETURN_AFTER
 from esper_jax.train import RunState, Train
@@ -31,6 +31,15 @@ class Finished(NamedTuple):
     train: Train
     key: jax.Array
     run: RunState  # after the last round
+
+
+def prepare() -> None:
+    """What a command that plays a run's episodes does first. Programs that the run compiled are found again."""
+    command.use_plain_streams()
+    compilation.spare_the_collector()
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)  # as the run did
+    if lost := compilation.keep_programs(compilation.cache_folder()):
+        command.say(f"warning: {lost}")
 
 
 def open_run(folder: Path, console: Console, data_dir: Path | None = None, text: Sequence[str] = ()) -> Finished:
@@ -74,7 +83,7 @@ def state_at(finished: Finished, number: int, console: Console) -> Finished:
     else:
         run, done = train.init(key), 0
     if done < number:
-        with console.step("replay", f"rounds {done} to {number - 1}, which no checkpoint holds"):
+        with console.step("learn", f"rounds {done} to {number - 1}, which no checkpoint holds"):
             check_no_return(finished.folder, done, number)
             for _ in range(done, number):
                 run, _ = train.update(key, run)
@@ -88,6 +97,5 @@ def check_no_return(folder: Path, first: int, last: int) -> None:
     idle = records.dead({name: array for name, array in arrays.items() if name.startswith("learner/")})
     for number in range(max(first, RETURN_AFTER), last):
         if idle[number - RETURN_AFTER : number].all(0).any():
-            raise ValueError(
-                f"{folder}: a policy returned to an earlier state before round {number}: cannot be replayed"
-            )
+            what = f"a policy returned to an earlier state of itself before round {number}"
+            raise ValueError(f"{folder}: {what}, which cannot be played again")

@@ -361,6 +361,11 @@ def test_the_blind_see_the_time():
     assert time.sum() == 1 and encoder[time].any() and not encoder[~time].any()
 
 
+def test_hypers_of_a_run_on_several_devices_begin_another():
+    t, run = train(4), two_rounds(4)[0][0]
+    assert tiny.equal(t.init(jax.random.key(0), run.hypers), run)
+
+
 def test_an_unknown_controller_is_refused():
     with pytest.raises(ValueError, match="controller 'greedy': must be one of never, random, eager, policy, policy_gr"):
         train(1).compare(jax.random.key(0), two_rounds(1)[0][0], ["greedy"])

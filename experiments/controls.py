@@ -1,0 +1,223 @@
+"""What else could explain what a policy gained? Controls of a finished run, on its own keys.
+
+    python -m experiments.controls RUN
+
+plays, in the environments in which the run's arms were compared: growing each kind of seed everywhere at once; a tuned
+periodic rule and the best schedule that a search finds (both chosen on keys of training); as many random operations as
+the policy's; each grown network's final shape, trained from the first epoch on; a host as wide as those are large; each
+policy's most frequent schedule without the policy; and policies that were trained in the same way but saw the time
+alone. It writes controls.npz, controls.json and controls.txt into the run's folder, and its report.html anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from esper_jax import Config
+from esper_jax.config import TextConfig
+from esper_jax.enums import BASELINE, GREEDY, HEADS, MATCHED, PLANNED, POLICY, Op
+from esper_jax.evidence import tables
+from esper_jax.network import model as networks
+from esper_jax.network.host import param_count
+from esper_jax.run import command, compilation, estimate, files, options, records
+from esper_jax.run.console import Console, round_note
+from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
+from experiments import schedules
+from experiments.finished import Finished, open_run, prepare
+
+PROGRAM = "python -m experiments.controls"
+EAGER = "eager_"  # and the kind of seed
+
+
+def reported(of: Finished, arms: dict[str, tuple[str, Orders]]) -> dict[str, Comparison]:
+    """Plays arms in the environments of the run's comparison: for each its controller and orders [P, R, ...]."""
+    envs = of.cfg.report_envs
+    rows = {name: orders.ops.shape[0] for name, (_, orders) in arms.items()}
+    who = episodes(
+        of.cfg, of.train.controllers,
+        [(controller, p, e) for name, (controller, _) in arms.items() for p in range(rows[name]) for e in range(envs)],
+    )  # fmt: skip
+    flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), orders) for _, orders in arms.values()]
+    who = who._replace(orders=jax.tree.map(lambda *parts: np.concatenate(parts), *flat))
+    _, played = of.train.play(report_key(of.key), of.run, who)
+    found, end = {}, 0
+    for name, count in rows.items():
+        mine, end = slice(end, end + count * envs), end + count * envs
+        split = lambda leaf, mine=mine, count=count: leaf[mine].reshape(count, envs, *leaf.shape[1:])
+        found[name] = jax.tree.map(split, played)
+    return found
+
+
+def planned(of: Finished, plan: np.ndarray) -> tuple[str, Orders]:
+    orders = Orders.none(of.cfg, (1, of.cfg.report_envs))
+    return PLANNED, orders._replace(plan=np.broadcast_to(plan, orders.plan.shape).astype(np.int32))
+
+
+def static_final(of: Finished, policy: Comparison) -> tuple[str, Orders]:
+    """What each episode of the policy kept, there from the first epoch on."""
+    return BASELINE, Orders.none(of.cfg, policy.germinated.shape)._replace(shape=policy.shape.astype(np.int32))
+
+
+def matched(of: Finished, policy: Comparison) -> tuple[str, Orders]:
+    """As many of each operation as the policy carried out in each episode."""
+    ops = np.stack([(policy.rollout.info.op[..., 1:] == op).sum(-1) for op in Op], axis=-1)
+    return MATCHED, Orders.none(of.cfg, policy.germinated.shape)._replace(ops=ops.astype(np.int32))
+
+
+def fixed(of: Finished) -> tuple[str, Orders]:
+    """Each policy's most frequent schedule in environments of training, as its likeliest actions are."""
+    cfg, envs = of.cfg, range(of.cfg.n_envs)
+    who = episodes(cfg, of.train.controllers, [(GREEDY, p, e) for p in range(cfg.policy_seeds) for e in envs])
+    _, played = of.train.play(round_key(of.key, cfg.rounds), of.run, who, report=False)
+    heads = np.stack([getattr(played.rollout.action, head) for head in HEADS], axis=-1)
+    heads = heads.reshape(cfg.policy_seeds, len(envs), *heads.shape[1:])
+    orders = Orders.none(cfg, (cfg.policy_seeds, cfg.report_envs))
+    usual = np.stack([schedules.most_frequent(rows) for rows in heads])
+    return BASELINE, orders._replace(action=np.broadcast_to(usual[:, None], orders.action.shape).astype(np.int32))
+
+
+def blind(of: Finished, console: Console) -> Comparison:
+    """Policies trained as the run's were, on the same environments, that see nothing but the time and what is legal."""
+    train, cfg = of.train, of.cfg
+    run = train.init(of.key, of.run.hypers.replace(sight=0.0 * of.run.hypers.sight))
+    metric = of.dataset.metric(of.dataset.validation)
+    with console.bar("blind", cfg.rounds) as advance:
+        for _ in range(cfg.rounds):
+            run, metrics = train.update(of.key, run)
+            advance(round_note(records.round_arrays(metrics), metric))
+    return train.compare(of.key, run, [POLICY])[POLICY]
+
+
+def widened(cfg: Config, size: float, params: Callable[[Config], int]) -> Config:
+    """The configuration whose host is nearest to so many times the parameters by being wider."""
+    field, step = ("width", cfg.host.n_heads) if isinstance(cfg, TextConfig) else ("base_channels", 1)
+    at = lambda width: cfg.replace(**{f"host.{field}": width})
+    width = getattr(cfg.host, field)
+    target = size * params(cfg)
+    while params(at(width + step)) <= target:
+        width += step
+    nearer = min((width, width + step), key=lambda w: abs(params(at(w)) - target))
+    return at(nearer)
+
+
+def static_wide(of: Finished, size: float) -> tuple[Comparison, estimate.Work, float]:
+    """The bare host, but as large as what the policies kept: its episodes, their work, and its relative size."""
+
+    def params(cfg: Config) -> int:
+        shape = {"example": of.dataset.example, "outputs": of.dataset.outputs, "blueprints": ()}
+        return param_count(jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host)
+
+    # no seed will be grown, and one kind compiles faster than all
+    cfg = of.cfg.replace(**{"lifecycle.blueprints": of.cfg.lifecycle.blueprints[:1]})
+    wide = widened(cfg, size, params)
+    train = make_train(wide, of.dataset, {})
+    found = train.compare(of.key, train.init(of.key), [BASELINE])[BASELINE]
+    times = params(wide) / params(cfg)
+    info = found.rollout.info
+    info = info.replace(
+        committed_size=info.committed_size * np.float32(times), blended_size=info.blended_size * np.float32(times)
+    )
+    return found.replace(rollout=found.rollout.replace(info=info)), estimate.work(wide, of.dataset), times
+
+
+def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of all arms as in metrics.npz, and what the controls were and took."""
+    cfg, catalog = of.cfg, of.cfg.lifecycle.catalog
+    with console.step("arms", " ".join(of.train.controllers)):
+        arms = of.train.compare(of.key, of.run, of.train.controllers)
+    policy = arms[POLICY]
+    with console.step("periodic", "kinds and periods, in environments of training"):
+        periodic = schedules.tuned_periodic(of)
+    with console.step("oracle", "schedules, in environments of training"):
+        best = schedules.oracle(of)
+    with console.step("controls", "on the keys of the report"):
+        wanted = {EAGER + catalog[kind]: planned(of, schedules.everywhere(cfg, kind)) for kind in schedules.kinds(cfg)}
+        wanted |= {"periodic_tuned": planned(of, periodic.plan), "oracle": planned(of, best.plan)}
+        wanted |= {"random_matched": matched(of, policy), "static_final": static_final(of, policy), "fixed": fixed(of)}
+        arms |= reported(of, wanted)
+    with console.step("wide", "a wider host, compiled and played"):
+        size = float(policy.rollout.info.committed_size[..., -1].mean())
+        wide, wide_work, times = static_wide(of, size)
+    if cfg.rounds:
+        arms["blind"] = blind(of, console)
+    metric = of.dataset.metric(of.dataset.test)
+    arrays = records.arm_arrays(arms | {"static_wide": wide}, catalog, metric, *estimate.work(cfg, of.dataset))
+    arrays["arms/train_flops"][arrays["arms/names"] == "static_wide"] = wide_work.host * cfg.training.epochs
+    searched = {"periodic_tuned": periodic, "oracle": best}
+    facts: dict[str, Any] = {
+        name: {
+            "schedule": schedules.in_words(found.plan, cfg), "plan": found.plan.tolist(), "plans": found.plans,
+            "episodes": found.episodes, "return": found.worth,
+        }
+        for name, found in searched.items()
+    }  # fmt: skip
+    facts["oracle"]["seconds"] = round(console.durations["oracle"], 1)
+    facts["static_wide"] = {"size": times, "policy_size": size}
+    return arrays, facts
+
+
+def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str, Any]) -> str:
+    """What controls.txt says."""
+    columns, rows = tables.columns(arrays), tables.table(arrays)
+    data = card["data"]["name"]
+    lines = [
+        tables.text_table(columns, rows),
+        *tables.notes(arrays, card["data"].get("bigram_loss")),
+        "",
+        tables.text_table(*tables.robust(arrays)),
+        "",
+        tables.headline(arrays, data),
+        "",
+        *(f"{question} {answer}." for question, answer in tables.answers(arrays)),
+        "",
+        f"The tuned rule: {facts['periodic_tuned']['schedule']} (of {facts['periodic_tuned']['plans']}).",
+        f"The best schedule found: {facts['oracle']['schedule']} (of {facts['oracle']['plans']}, in "
+        f"{facts['oracle']['episodes']:,} episodes and {facts['oracle']['seconds']:.0f} s).",
+        f"The wider host has x{facts['static_wide']['size']:.2f} the parameters, what the policies kept "
+        f"x{facts['static_wide']['policy_size']:.2f}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    prepare()
+
+    def chosen(
+        run: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None, text: tuple[str, ...] = ()
+    ) -> tuple[Path, Path | None, tuple[str, ...]]:
+        """Plays the controls of a finished run: what else could explain what its policies gained?
+
+        Takes several times as long as the run did.
+
+        Args:
+          run: folder of the run.
+          data_dir: folder that holds the CIFAR-10 files; none looks where the run did.
+          text: files of the run's text, if they were moved.
+        """
+        return run, data_dir, text
+
+    def work() -> None:
+        console = Console()
+        folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+        of = open_run(folder, console, *places)
+        with console.step("compile", "or found from the run itself"):
+            of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))
+        arrays, facts = controls(of, console)
+        records.write_arrays(folder / "controls.npz", arrays)
+        files.write_json(folder / "controls.json", facts)
+        said = text_of(arrays, facts, of.card)
+        files.write_text(folder / "controls.txt", said)
+        console.say(said, always=True)
+
+    return command.ended(work)
+
+
+if __name__ == "__main__":
+    command.leave(main())
