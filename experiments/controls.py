@@ -26,7 +26,7 @@ from esper_jax.enums import BASELINE, GREEDY, HEADS, MATCHED, PLANNED, POLICY, O
 from esper_jax.evidence import tables
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
-from esper_jax.run import command, compilation, estimate, files, options, records
+from esper_jax.run import command, compilation, estimate, files, options, publish, records
 from esper_jax.run.console import Console, round_note
 from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
 from experiments import schedules
@@ -165,15 +165,16 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
 
 def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str, Any]) -> str:
     """What controls.txt says."""
-    columns, rows = tables.columns(arrays), tables.table(arrays)
-    data = card["data"]["name"]
+    columns, rows, notes, _ = publish.result(arrays, card)
     lines = [
+        f"{publish.title(card)}: controls",
+        "",
         tables.text_table(columns, rows),
-        *tables.notes(arrays, card["data"].get("bigram_loss")),
+        *notes,
         "",
         tables.text_table(*tables.robust(arrays)),
         "",
-        tables.headline(arrays, data),
+        tables.headline(arrays, card["data"]["name"], card.get("meant")),
         "",
         *(f"{question} {answer}." for question, answer in tables.answers(arrays)),
         "",
@@ -215,6 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         said = text_of(arrays, facts, of.card)
         files.write_text(folder / "controls.txt", said)
         console.say(said, always=True)
+        with console.step("report", str(folder / "report.html")):
+            everything = records.read_arrays(folder / "metrics.npz") | arrays
+            shown = publish.pictures(folder, console, of.card, everything, png=False)
+            publish.write_page(folder, of.card | {"controls": facts}, everything, shown)
 
     return command.ended(work)
 

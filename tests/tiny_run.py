@@ -114,4 +114,6 @@ def result() -> Result:
             rounds.append(records.round_arrays(metrics))
         arms = compiled.compare(KEY(), states[-1], ARMS)
         work = estimate.work(CONFIG, tiny.dataset())
-    return Result(states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog, ACCURACY, *work), ahead, later, compiled)
+    return Result(
+        states, rounds, records.arm_arrays(arms, CONFIG.lifecycle.catalog, ACCURACY, *work), ahead, later, compiled
+    )

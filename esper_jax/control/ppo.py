@@ -285,11 +285,10 @@ def update(
 
     Returns:
       the learner, and the metrics of `loss` averaged over the minibatches that were reached and finite (ratio_max is
-      their largest), with grad_norm (before clipping), entropy_coef,
-      explained_variance (before the update), updates_done and nonfinite_updates (i32[]); head_entropy is f32[8], the
-      mean over the rows in which a head had a choice, and means nothing where head_choices is 0. ratio_error is that of the
-      first minibatch alone: more than rounding there means that the policy acted on other features, masks or states
-      than those that are stored.
+      their largest), with grad_norm (before clipping), entropy_coef, explained_variance (before the update),
+      updates_done and nonfinite_updates (i32[]). head_entropy is f32[8], the mean over the rows in which a head had a
+      choice, and means nothing where head_choices is 0. ratio_error is that of the first minibatch alone: more than
+      rounding there means that the policy acted on other features, masks or states than those that are stored.
 
     Raises:
       ValueError: if the environments cannot be split evenly into minibatches.

@@ -8,11 +8,12 @@ from esper_jax.enums import BASELINE, GREEDY, LEARNED, POLICY
 
 
 class Control(NamedTuple):
-    """An arm, what the policy's difference to it answers, and the answer if the policy is ahead or behind."""
+    """The question that a policy's difference to an arm answers, and the answer if the policy is ahead or behind."""
 
     question: str
     ahead: str = ""
     behind: str = ""
+    subject: str = POLICY  # what is compared with it
     rule: bool = False  # a way of growing that knows nothing of the policy, so one of those that it has to beat
     replayed: bool = False  # row p is made of policy p's own episodes
 
@@ -29,7 +30,10 @@ CONTROLS = {
         "Is it only the number of parameters?", "it is more than their number", "a wider host is better"
     ),
     "blind": Control("Does it need to look?", "looking pays", "it is better without looking"),
-    "fixed": Control("Does it adapt?", "it adapts, and that pays", "its usual schedule is better", replayed=True),
+    # the usual schedule is one of likeliest actions, so it is those that it is compared with
+    "fixed": Control(
+        "Does it adapt?", "it adapts, and that pays", "its usual schedule is better", subject=GREEDY, replayed=True
+    ),
     "random_matched": Control(
         "Is it more than doing as much at random?", "it is", "doing as much at random is better", replayed=True
     ),

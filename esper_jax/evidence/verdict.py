@@ -15,7 +15,7 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED, POLICY
 from esper_jax.evidence.bootstrap import gap_closed
-from esper_jax.evidence.controls import BEST_EAGER, CONTROLS, ORACLE, RANDOM, is_eager, is_rule, same_policies
+from esper_jax.evidence.controls import BEST_EAGER, CONTROLS, ORACLE, RANDOM, Control, is_eager, is_rule, same_policies
 from esper_jax.evidence.statistics import CONFIDENCE, Interval, difference, holm, signed
 from esper_jax.metric import Metric
 
@@ -191,28 +191,29 @@ def _numbers(interval: Interval, metric: Metric) -> str:
 
 def answers(values: Arms, metric: Metric) -> list[tuple[str, str]]:
     """A question for each control arm that is there, and its answer; corrected as in `against_all`."""
-    against = against_all(values, POLICY)
+    against = {subject: against_all(values, subject) for subject in LEARNED if subject in values}
     asked = {arm: control for arm, control in CONTROLS.items() if arm in values and arm != ORACLE}
     eager = [arm for arm in values if is_eager(arm)]
     chosen = best(values, eager, metric) if len(eager) > 1 else None
     if chosen is not None:
         asked[chosen] = BEST_EAGER
     found = [
-        (control.question, _answer(arm, against[arm], control.ahead, control.behind, metric))
+        (control.question, _answer(control, arm, against[control.subject][arm], metric))
         for arm, control in asked.items()
+        if control.subject in against
     ]
     if ORACLE in values and RANDOM in values:
         found.append((CONTROLS[ORACLE].question, _left(values, metric)))
     return found
 
 
-def _answer(arm: str, claim: Claim, ahead: str, behind: str, metric: Metric) -> str:
-    start = f"{POLICY} minus {arm} "
+def _answer(control: Control, arm: str, claim: Claim, metric: Metric) -> str:
+    start = f"{control.subject} minus {arm} "
     if np.isnan(claim.interval.mean):
         return f"{start}-: not measured"
     start += f"{_numbers(claim.interval, metric)} {metric.points}: "
     if claim.certain:
-        return start + (ahead if claim.better(metric) else behind)
+        return start + (control.ahead if claim.better(metric) else control.behind)
     return f"{start}cannot be told apart{_one_of_many(claim)}"
 
 

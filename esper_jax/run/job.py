@@ -1,4 +1,4 @@
-"""A job from its options to its files: prepare, start, learn, compare, publish. What every experiment shares."""
+"""A job from its options to its arrays: prepare, start, learn, compare. What every experiment shares."""
 
 from __future__ import annotations
 
@@ -27,13 +27,24 @@ from esper_jax.config import Config, number
 from esper_jax.control.arms import controllers
 from esper_jax.enums import LEARNED
 from esper_jax.env.environment import make_env
-from esper_jax.evidence import report, tables
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
-from esper_jax.run import checkpoint, command, compilation, devices, estimate, files, folder, provenance, records
+from esper_jax.run import (
+    checkpoint,
+    command,
+    compilation,
+    devices,
+    estimate,
+    files,
+    folder,
+    provenance,
+    records,
+    scalars,
+)
 from esper_jax.run.console import Console, round_note
 from esper_jax.run.options import check as check_words
 from esper_jax.run.options import typed
+from esper_jax.run.publish import publish, publish_stopped
 from esper_jax.train import Metrics, RunState, Train, bind, make_train
 from esper_jax.types import Controller
 
@@ -61,6 +72,8 @@ class JobOptions:
     memory_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
     """keep checkpoints in memory-backed storage while the run goes on, and move them to its folder in the end: till
     then they outlive the process, but not the machine"""
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """also write the numbers of each round as TensorBoard's event files (needs the extra of that name)"""
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
     """check everything, say what would be computed and what it may take, and end"""
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -103,7 +116,6 @@ class Job(NamedTuple):
     run: RunState | None  # None before the first round
     meta: dict  # what a checkpoint has to agree with
     card: dict  # run.json
-    meant: str | None = None  # see JobOptions.meant
     first: Future | None = None  # a run before its first round, on its way
     memory: Path | None = None  # where checkpoints are while the run goes on, if not in its folder
 
@@ -220,6 +232,9 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
     if in_memory and devices.several():
         raise ValueError("--memory-checkpoints: the processes of a run do not share their memory")
     memory = checkpoint.memory_of(out) if in_memory else None
+    events = options.tensorboard or before.get("tensorboard", False)
+    if events:
+        scalars.check()
     rules, script = check(cfg, options.script or before.get("script"))
     estimate.check_counts(cfg, len(rules))
     header(console, options, cfg, out)
@@ -281,16 +296,18 @@ def prepare(options: JobOptions, command_line: str, held: contextlib.ExitStack) 
         "started": now.isoformat(timespec="seconds"),
         "preset": options.preset,
         "arms": list(train.controllers),
+        "meant": meant,
         "script": script,
         "added": added,
         "parts": [*before.get("parts", []), part],
         "checkpoint_every": every,
         "memory_checkpoints": in_memory,
+        "tensorboard": events,
         **card,
     }
     if devices.first():
         _begin(out, card, before, damaged, done, None if options.resume else memory, warn)
-    return Job(options, cfg, out, console, train, key, run, meta, card, meant, first, memory)
+    return Job(options, cfg, out, console, train, key, run, meta, card, first, memory)
 
 
 def _begin(
@@ -406,7 +423,9 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     for arrays in map(log.arrays, range(max(0, start - MOST_IDLE_ROUNDS), start)):
         idle = np.where(records.dead(arrays), idle + 1, 0)
     why = None
-    with _Store(job) as store, job.console.bar("round", rounds, start) as advance:
+    events = job.out / "tensorboard" if job.card.get("tensorboard") and devices.first() else None
+    writer = scalars.Writer(events, job.cfg.policy_seeds, start)
+    with _Store(job) as store, writer, job.console.bar("round", rounds, start) as advance:
         for number in range(start, rounds):
             stop.patient = bool(every)
             if (back := idle == RETURN_AFTER).any():
@@ -414,6 +433,7 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
             run, metrics = job.train.update(job.key, run)
             arrays = records.round_arrays(metrics)
             log.write(number, arrays)
+            writer.write(number + 1, arrays, metric)
             idle = np.where(records.dead(arrays), idle + 1, 0)
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
             why = _why_idle(int(idle.argmax()), run, metrics) if idle.max() >= MOST_IDLE_ROUNDS else None
@@ -517,14 +537,6 @@ def _why_idle(policy: int, run: RunState, metrics: Metrics) -> str:
     )
 
 
-def report_stopped(job: Job) -> None:
-    """What there is of a run that was stopped: the arrays of its rounds, and how its policies learned."""
-    rounds = records.RoundLog.read(job.out / "checkpoints" / "rounds")
-    records.write_arrays(job.out / "metrics.npz", rounds)
-    if pictures(job, rounds, ("learning",)).drawn:
-        job.console.say(f"wrote {job.out / 'learning.png'}: what there is so far", always=True)
-
-
 def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
     # matplotlib takes a third of a second, which nobody has to wait for while the arms are played
     load = lambda: importlib.import_module("esper_jax.evidence.figures")
@@ -534,64 +546,6 @@ def compare(job: Job, run: RunState) -> dict[str, np.ndarray]:
         arms = job.train.compare(job.key, run, job.train.controllers)
         flops = beside["work"].result()
         return records.arm_arrays(arms, job.cfg.lifecycle.catalog, dataset.metric(dataset.test), *flops)
-
-
-def publish(job: Job, metrics: dict[str, np.ndarray]) -> None:
-    """The files of a finished run, and the result on the screen: first the numbers, which no picture can cost."""
-    out, console, name = job.out, job.console, job.card["data"]["name"]
-    title = f"esper_jax: {job.options.preset} on {name}, seed {job.cfg.seed}"
-    with console.step("files", str(out)):
-        records.write_arrays(out / "metrics.npz", metrics)
-        files.write_lines(out / "lifecycle.jsonl", records.lifecycle(metrics))
-        records.write_csv(out / "outcomes.csv", records.outcomes(metrics), records.OUTCOMES)
-        columns, notes = tables.columns(metrics), tables.notes(metrics, job.card["data"].get("bigram_loss"))
-        rows, claim = tables.table(metrics), tables.sentence(metrics, name, job.meant)
-        text = "\n".join([title, "", tables.text_table(columns, rows), *notes, "", claim, ""])
-        files.write_text(out / "summary.txt", text)
-        dataset, samples = job.train.dataset, ""
-        if dataset.prompt is not None:
-            samples = tables.samples(metrics, dataset.text(dataset.prompt), dataset.text)
-            files.write_text(out / "samples.txt", samples)
-    console.table(columns, rows)
-    for line in (*notes, "", claim, ""):
-        console.say(line, always=True)
-    with console.step("report", str(out / "report.html")):
-        shown = pictures(job, metrics)
-        seconds = console.durations | {"total": console.elapsed()}
-        card = job.card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        page = report.page(title, metrics, card, shown, meant=job.meant, samples=samples)
-        files.write_text(out / "report.html", page)
-        files.write_json(out / "run.json", card)  # last: it says that all is there
-    console.say(f"wrote {out}{os.sep}  (open report.html)", always=True)
-
-
-def pictures(job: Job, metrics: dict[str, np.ndarray], names: tuple[str, ...] = ()) -> report.Pictures:
-    """Draws pictures of a run for its page, and those that are files as well, by the names of their functions; all by
-    default. One that fails costs no more than itself."""
-    shown = report.Pictures({}, {})
-
-    def lose(name: str, what: str, error: Exception) -> None:
-        shown.lost[name] = f"{type(error).__name__}: {command.line(error)}"
-        job.console.say(f"  no {what}: {shown.lost[name]}", style="bold red", always=True)
-
-    try:  # matplotlib is slow to import, and the first lines should be quick
-        from esper_jax.evidence import figures
-    except Exception as error:  # whatever an installation or its settings make it raise
-        lose(report.ALL, "pictures", error)
-        return shown
-    for name in names or figures.PICTURES:
-        path = job.out / f"{name}.png"
-        is_file = name in figures.FILES
-        try:
-            panels = getattr(figures, name)(metrics, job.card["data"]["name"])
-            if panels and is_file:
-                figures.write(path, name, panels, job.card["data"]["name"])
-            if panels:
-                shown.drawn[name] = figures.inline(name, panels)
-        except Exception as error:  # a run is worth more than a picture of it
-            lose(name, path.name if is_file else f"picture of {name}", error)
-            path.unlink(missing_ok=True)
-    return shown
 
 
 def stopped(error: OSError, out: Path) -> str:
@@ -635,11 +589,11 @@ def _main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], Job
                 run, rounds = learn(job, stop)
                 arms = compare(job, run)
                 if devices.first():
-                    publish(job, rounds | arms)
+                    publish(job.out, job.console, job.card, rounds | arms, job.train.dataset)
             except command.Stopped:
                 if devices.first():
                     with contextlib.suppress(OSError, ValueError):  # a full disk: the checkpoint is there
-                        report_stopped(job)
+                        publish_stopped(job.out, job.console, job.card)
                 command.say(stop.message())
                 return stop.code
             except checkify.JaxRuntimeError as error:

@@ -117,6 +117,7 @@ def _checked_card(given: Any, path: Path) -> dict[str, Any]:
     try:
         card = {
             "script": None, "status": "running", "added": [], "memory_checkpoints": False, "checkpoint_every": 1,
+            "tensorboard": False, "meant": None,
         } | given  # fmt: skip
         if isinstance(card["config"], dict):
             card["config"], added = completed(card["config"])
@@ -129,6 +130,8 @@ def _checked_card(given: Any, path: Path) -> dict[str, Any]:
             ("script", "a text or null", isinstance(card["script"], str | None)),
             ("data", "an object", isinstance(card["data"], dict)),
             ("memory_checkpoints", "true or false", isinstance(card["memory_checkpoints"], bool)),
+            ("tensorboard", "true or false", isinstance(card["tensorboard"], bool)),
+            ("meant", "a text or null", isinstance(card["meant"], str | None)),
             ("checkpoint_every", "a whole number from 0 on", _is_count(card["checkpoint_every"])),
             ("added", "a list of texts", all(isinstance(name, str) for name in card["added"])),
         ):

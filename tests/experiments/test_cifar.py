@@ -47,7 +47,12 @@ def run(*options):
 def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None, every=1):
     """The tiny run as a job; its programs are compiled already."""
     cfg = tiny_run.CONFIG.replace(rounds=rounds)
-    card = {"status": "running", "arms": list(tiny_run.ARMS), **provenance.run_card(cfg, tiny.dataset())}
+    card = {
+        "status": "running",
+        "preset": "smoke",
+        "arms": list(tiny_run.ARMS),
+        **provenance.run_card(cfg, tiny.dataset()),
+    }
     start = tiny_run.result().states[0] if run is None else run
     card |= {"checkpoint_every": every}
     meta = {"config": provenance.computed(cfg), "data": "tiny"}
@@ -55,6 +60,10 @@ def job(out, *, rounds=tiny_run.CONFIG.rounds, run=None, every=1):
     return jobs.Job(
         options, cfg, out, Console(file=io.StringIO()), tiny_run.result().train, tiny_run.KEY(), start, meta, card
     )
+
+
+def published(done, metrics):
+    jobs.publish(done.out, done.console, done.card, metrics, done.train.dataset)
 
 
 def test_compiling_ahead_compiles_everything():
@@ -67,7 +76,7 @@ def test_compiling_ahead_compiles_everything():
 def test_a_run_writes_its_files(tmp_path):
     start = job(tmp_path)
     state, rounds = jobs.learn(start)
-    jobs.publish(start, rounds | jobs.compare(start, state))
+    published(start, rounds | jobs.compare(start, state))
     assert {path.name for path in tmp_path.iterdir()} == FILES
     card = json.loads((tmp_path / "run.json").read_text())
     assert (card["status"], card["data"]["name"], card["versions"]["jax"]) == ("complete", "tiny", jax.__version__)
@@ -102,7 +111,7 @@ def test_a_picture_that_fails_costs_only_itself(tmp_path, monkeypatch, lost):
         monkeypatch.setitem(sys.modules, "esper_jax.evidence.figures", None)
         monkeypatch.delattr(evidence, "figures")
     start = job(tmp_path, rounds=0)
-    jobs.publish(start, tiny_run.result().metrics)
+    published(start, tiny_run.result().metrics)
     pictures = {"grown.png", "seeds.png"} if lost else set()
     names = {"lifecycle.jsonl", "metrics.npz", "outcomes.csv", "report.html", "run.json", "summary.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names | pictures
@@ -120,13 +129,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     for out in (whole.out, part.out):
         out.mkdir()
     state, rounds = jobs.learn(whole)
-    jobs.publish(whole, rounds | jobs.compare(whole, state))
+    published(whole, rounds | jobs.compare(whole, state))
     jobs.learn(part)  # dies here, after one round
     again, done = checkpoint.restore(part.out / "checkpoints", part.run, part.meta)
     assert done == 1
     rest = job(part.out, run=again)
     state, rounds = jobs.learn(rest)
-    jobs.publish(rest, rounds | jobs.compare(rest, state))
+    published(rest, rounds | jobs.compare(rest, state))
     for name in FILES - {"checkpoints", "run.json", "report.html"}:  # what holds no time
         assert (whole.out / name).read_bytes() == (part.out / name).read_bytes(), name
 
@@ -144,7 +153,7 @@ def test_a_stop_is_asked_for_in_a_round(tmp_path, every):
     with pytest.raises(jobs.command.Stopped):
         jobs.learn(whole._replace(train=whole.train._replace(update=update)), stop)
     assert checkpoint.steps(tmp_path / "checkpoints") == [1] and stop.code == 143
-    jobs.report_stopped(whole)
+    jobs.publish_stopped(whole.out, whole.console, whole.card)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "learning.png", "metrics.npz"}
     beside = records.RoundLog.hashes(tmp_path / "checkpoints" / "rounds")
     again, done, _ = checkpoint.resume([tmp_path / "checkpoints"], whole.run, whole.meta, beside)
