@@ -31,6 +31,9 @@ TOGETHER = {  # files that share compiled programs
             "test_compilation",
             "test_cifar",
             "test_estimate",
+            "test_controls",
+            "test_whatif",
+            "test_scalars",
         ),
         "run",
     ),
@@ -39,7 +42,8 @@ TOGETHER = {  # files that share compiled programs
 FAST = (  # what `pytest -m fast` runs: nothing here compiles an environment or a host's training
     "test_config", "test_imports", "test_doctests", "test_readme", "test_cifar10", "test_datasets", "test_pipeline",
     "test_command", "test_console", "test_folder", "test_provenance", "test_devices", "test_alpha",
-    "test_masks", "test_tracker", "test_attribution", "test_heuristic", "test_gae_parity",
+    "test_masks", "test_tracker", "test_attribution", "test_heuristic", "test_gae_parity", "test_statistics",
+    "test_verdict",
 )  # fmt: skip
 LONG = ("run", "test_frozen", "environment", "test_ppo", "test_model", "test_throughput")
 
