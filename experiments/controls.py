@@ -168,6 +168,7 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
     columns, rows, notes, _ = publish.result(arrays, card)
     lines = [
         f"{publish.title(card)}: controls",
+        made_by(arrays, facts, card),
         "",
         tables.text_table(columns, rows),
         *notes,
@@ -185,6 +186,18 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         f"x{facts['static_wide']['policy_size']:.2f}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def made_by(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str, Any]) -> str:
+    """How somebody else gets these numbers."""
+    policies, envs = (arrays["arms/names"] == POLICY).sum(), arrays["arms/test_loss"].shape[1]
+    device, versions = card["device"], card["versions"]
+    took = card["seconds"]["total"] + facts["seconds"]
+    return (
+        f"{policies} policies x {envs} environments with the same keys; {card['data']['name']} "
+        f"({card['data']['identity'][:16]}), {device['precision']}, {device['kind']} x{device['used']}, jax "
+        f"{versions['jax']}; in {took:,.0f} s by\n  {card['command']}\n  {PROGRAM} RUN"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         with console.step("compile", "or found from the run itself"):
             of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))
         arrays, facts = controls(of, console)
+        facts["seconds"] = round(console.elapsed(), 1)
         records.write_arrays(folder / "controls.npz", arrays)
         files.write_json(folder / "controls.json", facts)
         said = text_of(arrays, facts, of.card)

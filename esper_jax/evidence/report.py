@@ -58,10 +58,11 @@ def page(
     """
     data = card["data"]["name"]
     show = lambda name, missing="": _shown(pictures, name, missing)
-    claim = tables.sentence(metrics, data, meant)
+    claim, answers = tables.sentence(metrics, data, meant), tables.answers(metrics)
     verdict = [
         f'<p class="loud">Data: {escaped(data)}, not {escaped(meant)}.</p>' if meant else "",
         f'<p class="claim">{escaped(tables.headline(metrics, data, meant))}</p>',
+        html_table(("question", "answer"), answers, "words") if answers else "",
         _folded("Everything that may be claimed, and what not", _paragraph(claim)),
         html_table(tables.columns(metrics), tables.table(metrics)),
         html_note(tables.notes(metrics, card["data"].get("bigram_loss"))),
@@ -71,7 +72,6 @@ def page(
     ]
     no_rounds = "Not measured: no policy was trained in this run."
     flops = "" if "arms/train_flops" in metrics else "FLOPs of the training that was executed: not measured."
-    answers = tables.answers(metrics)
     sections = {
         "Learning": show("learning", no_rounds),
         "Paired differences": show("paired", "Not measured: there is no arm but the bare host."),
@@ -87,8 +87,6 @@ def page(
         "Health of the learner": show("health", no_rounds),
         "What is decided when": show("decisions", "Not measured: there is no learned arm."),
     }
-    if answers:
-        sections["Questions that the controls answer"] = html_table(("question", "answer"), answers, "words")
     if samples:
         sections["Samples"] = f"<pre>{escaped(samples)}</pre>\n"
     return document(title, "\n".join(filter(None, verdict)), sections)

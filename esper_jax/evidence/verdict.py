@@ -69,7 +69,8 @@ def best(values: Arms, arms: Iterable[str], metric: Metric) -> str | None:
 
 
 def headline(values: Arms, size: Arms, *, data: str, metric: Metric, meant: str | None = None) -> str:
-    """What learned growth gained and the best rule, for ten seconds, then whether they differ by more than chance.
+    """What learned growth gained and the best rule, for ten seconds, then whether they differ by more than chance, and
+    what else was better than both: no control that explains the gain is left to the table.
 
     Args:
       size: f[P, E] parameters relative to the bare host.
@@ -87,10 +88,14 @@ def headline(values: Arms, size: Arms, *, data: str, metric: Metric, meant: str 
         amount = signed(own.interval.mean, digits) + _half(own.interval, digits)
         start = f"no gain of learned growth may be claimed: {amount} {unit} {times(POLICY)} the parameters"
         start += _one_of_many(own)
-    parts = [f"On {data}, {start}"]
+    parts, against = [f"On {data}, {start}"], against_all(values, POLICY)
     if rule is not None:
         parts[0] += f"; the best rule ({rule}) {_did(gained[rule].interval, metric)} {times(rule)}"
-        parts.append(_lead(against_all(values, POLICY)[rule], metric, digits))
+        parts.append(_lead(against[rule], metric, digits))
+    for arm, control in CONTROLS.items():
+        if control.behind and not control.rule and arm in against and against[arm].worse(metric):
+            did = _did(gained[arm].interval, metric)
+            parts.append(f"{control.behind.capitalize()}: {arm} {did} {times(arm)}")
     if len(values[POLICY]) == 1:
         parts.append("One policy was trained, so nothing may be claimed about how training varies")
     if meant:

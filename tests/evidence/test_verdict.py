@@ -327,3 +327,13 @@ def test_many_arms_take_no_time():
     verdict.details(values, size, data="x", metric=ACCURACY)
     verdict.answers(values, ACCURACY)
     assert len(values) == 15 and time.perf_counter() - start < 2  # a thirtieth of it on one core
+
+
+def test_headline_names_a_control_that_is_better():
+    values, size = arms_of(policy=5, eager=2, static_wide=9, static_final=5)
+    said = verdict.headline(values, size, data="digits", metric=ACCURACY)
+    assert re.search(
+        r"is beyond chance\. A wider host is better: static_wide gained 9\.\d ± \d\.\d at \d\.\d\dx\.$", said
+    )
+    values["static_wide"] = values["eager"]
+    assert "static" not in verdict.headline(values, size, data="digits", metric=ACCURACY)
