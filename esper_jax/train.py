@@ -63,6 +63,8 @@ from esper_jax.types import Action, Array, Controller, Masks, SlotState
 
 # What a run's key is folded with, before the number of the policy, or those of the round and the environment.
 INIT_STREAM, ROUND_STREAM, COMPARE_STREAM = range(3)
+# What is added to another luck: a key folded with a small number is one of those that it is split into.
+LUCK = 2**30
 
 
 @struct.dataclass
@@ -319,7 +321,7 @@ def make_train(
                 memory = select(reset, fresh, memory)
                 luck = orders.luck[t]
                 step_now, act_now = (
-                    jnp.where(luck == 0, now, jax.random.fold_in(now, luck))
+                    jnp.where(luck == 0, now, jax.random.fold_in(now, LUCK + luck))
                     for now in (jax.random.fold_in(step_key, t), jax.random.fold_in(act_key, t))
                 )
                 thought, action, extras = controller.act(act_now, memory, obs)
@@ -453,13 +455,21 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
         return devices.replicate(run, mesh), Metrics(rows, metrics)
 
     def play(key: Array, run: RunState, who: Who, report: bool = True) -> tuple[Comparison, Comparison]:
-        """Played in blocks of the size of a round, which is compiled already; what the last block has too many is
-        dropped. A rule is paid by the hypers of the policy that `who` names."""
-        env_key = devices.replicate(key, mesh)
         births, twin = np.unique(np.column_stack([who.env, who.orders.luck]), axis=0, return_inverse=True)
         twins = episodes(cfg, names, [(BASELINE, 0, env) for env in births[:, 0]])
         twins = twins._replace(orders=twins.orders._replace(luck=births[:, 1:]))
-        n_twins, twin = len(births), np.concatenate([np.arange(len(births)), twin.ravel()])
+        return play_beside(key, run, twins, who, twin.ravel(), report)
+
+    def play_beside(
+        key: Array, run: RunState, twins: Who, who: Who, twin: np.ndarray, report: bool
+    ) -> tuple[Comparison, Comparison]:
+        """Twins, and episodes of which each has one of them, by its number i[N].
+
+        They are played in blocks of the size of a round, which is compiled already; what the last block has too many is
+        dropped. A rule is paid by the hypers of the policy that `who` names.
+        """
+        env_key = devices.replicate(key, mesh)
+        n_twins, twin = len(twins.env), np.concatenate([np.arange(len(twins.env)), twin])
         who = jax.tree.map(lambda *parts: np.concatenate(parts), twins, who)
         shape, size, count = everyone.env.shape, everyone.env.size, len(who.env)
         results = []
@@ -486,13 +496,14 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
     def compare(key: Array, run: RunState, controllers: Sequence[str]) -> dict[str, Comparison]:
         """Episodes of controllers in environments 0 to R - 1, a learned one with each policy in all of them. A rule is
         paid by the hypers of policy 0."""
-        envs = range(cfg.report_envs)
-        others = [name for name in controllers if name != BASELINE]
+        envs = np.arange(cfg.report_envs)
+        others = [name for name in dict.fromkeys(controllers) if name != BASELINE]
         rows = {name: cfg.policy_seeds if name in LEARNED else 1 for name in others}
-        who = [(name, p, e) for name in others for p in range(rows[name]) for e in envs] or [
-            (BASELINE, 0, e) for e in envs
-        ]
-        twins, played = play(report_key(key), run, episodes(cfg, names, who))
+        who = [(name, p, e) for name in others for p in range(rows[name]) for e in envs]
+        twins = episodes(cfg, names, [(BASELINE, 0, e) for e in envs])
+        twins, played = play_beside(
+            report_key(key), run, twins, episodes(cfg, names, who), np.tile(envs, sum(rows.values())), True
+        )
         found, end = {BASELINE: jax.tree.map(lambda leaf: leaf[None], twins)}, 0
         for name, count in rows.items():
             mine, end = slice(end, end + count * len(envs)), end + count * len(envs)

@@ -24,16 +24,17 @@ from esper_jax import Config
 from esper_jax.config import TextConfig
 from esper_jax.enums import BASELINE, GREEDY, HEADS, MATCHED, PLANNED, POLICY, Op
 from esper_jax.evidence import tables
+from esper_jax.evidence.controls import EAGER
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
-from esper_jax.run import command, compilation, estimate, files, options, publish, records
+from esper_jax.run import command, compilation, estimate, files, options, provenance, publish, records
 from esper_jax.run.console import Console, round_note
+from esper_jax.run.folder import locked
 from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
 from experiments import schedules
 from experiments.finished import Finished, open_run, prepare
 
 PROGRAM = "python -m experiments.controls"
-EAGER = "eager_"  # and the kind of seed
 
 
 def reported(of: Finished, arms: dict[str, tuple[str, Orders]]) -> dict[str, Comparison]:
@@ -66,8 +67,8 @@ def static_final(of: Finished, policy: Comparison) -> tuple[str, Orders]:
 
 
 def matched(of: Finished, policy: Comparison) -> tuple[str, Orders]:
-    """As many of each operation as the policy carried out in each episode."""
-    ops = np.stack([(policy.rollout.info.op[..., 1:] == op).sum(-1) for op in Op], axis=-1)
+    """As many of each operation as the policy asked for in each episode, gates that failed included."""
+    ops = np.stack([(policy.rollout.info.requested_op[..., 1:] == op).sum(-1) for op in Op], axis=-1)
     return MATCHED, Orders.none(of.cfg, policy.germinated.shape)._replace(ops=ops.astype(np.int32))
 
 
@@ -96,15 +97,15 @@ def blind(of: Finished, console: Console) -> Comparison:
 
 
 def widened(cfg: Config, size: float, params: Callable[[Config], int]) -> Config:
-    """The configuration whose host is nearest to so many times the parameters by being wider."""
+    """The configuration whose host is nearest to so many times the parameters by being wider, by a step at least."""
     field, step = ("width", cfg.host.n_heads) if isinstance(cfg, TextConfig) else ("base_channels", 1)
     at = lambda width: cfg.replace(**{f"host.{field}": width})
     width = getattr(cfg.host, field)
     target = size * params(cfg)
     while params(at(width + step)) <= target:
         width += step
-    nearer = min((width, width + step), key=lambda w: abs(params(at(w)) - target))
-    return at(nearer)
+    wider = [w for w in (width, width + step) if w > getattr(cfg.host, field)]
+    return at(min(wider, key=lambda w: abs(params(at(w)) - target)))
 
 
 def static_wide(of: Finished, size: float) -> tuple[Comparison, estimate.Work, float]:
@@ -127,6 +128,21 @@ def static_wide(of: Finished, size: float) -> tuple[Comparison, estimate.Work, f
     return found.replace(rollout=found.rollout.replace(info=info)), estimate.work(wide, of.dataset), times
 
 
+def as_recorded(now: dict[str, np.ndarray], then: dict[str, np.ndarray]) -> bool:
+    """Whether the run's own arms were played again bit by bit."""
+    mine = np.isin(now["arms/names"], then["arms/names"])
+    names = np.array_equal(now["arms/names"][mine], then["arms/names"])
+    fields = [f"arms/{name}" for name in ("test_loss", "test_committed_loss", "reward", "requested_op")]
+    return names and all(np.array_equal(now[name][mine], then[name], equal_nan=True) for name in fields)
+
+
+def without_twice(arms: dict[str, Comparison]) -> dict[str, Comparison]:
+    """Without the kind of seed that the rule `eager` grows everywhere as well."""
+    losses = {name: result.test.loss for name, result in arms.items()}
+    same = lambda name: name.startswith(EAGER) and "eager" in arms and np.array_equal(losses[name], losses["eager"])
+    return {name: result for name, result in arms.items() if not same(name)}
+
+
 def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of all arms as in metrics.npz, and what the controls were and took."""
     cfg, catalog = of.cfg, of.cfg.lifecycle.catalog
@@ -141,7 +157,7 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
         wanted = {EAGER + catalog[kind]: planned(of, schedules.everywhere(cfg, kind)) for kind in schedules.kinds(cfg)}
         wanted |= {"periodic_tuned": planned(of, periodic.plan), "oracle": planned(of, best.plan)}
         wanted |= {"random_matched": matched(of, policy), "static_final": static_final(of, policy), "fixed": fixed(of)}
-        arms |= reported(of, wanted)
+        arms = without_twice(arms | reported(of, wanted))
     with console.step("wide", "a wider host, compiled and played"):
         size = float(policy.rollout.info.committed_size[..., -1].mean())
         wide, wide_work, times = static_wide(of, size)
@@ -160,6 +176,11 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
     }  # fmt: skip
     facts["oracle"]["seconds"] = round(console.durations["oracle"], 1)
     facts["static_wide"] = {"size": times, "policy_size": size}
+    asked = arms["fixed"].rollout.info.requested_op[..., 1:] != Op.WAIT
+    facts["fixed"] = {
+        "refused": float(1 - arms["fixed"].rollout.info.success[..., 1:][asked].mean()) if asked.any() else 0.0
+    }
+    facts["source"] = provenance.source()
     return arrays, facts
 
 
@@ -182,6 +203,7 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         f"The tuned rule: {facts['periodic_tuned']['schedule']} (of {facts['periodic_tuned']['plans']}).",
         f"The best schedule found: {facts['oracle']['schedule']} (of {facts['oracle']['plans']}, in "
         f"{facts['oracle']['episodes']:,} episodes and {facts['oracle']['seconds']:.0f} s).",
+        f"Of what the usual schedules ask for, {100 * facts['fixed']['refused']:.1f} % was refused by a gate.",
         f"The wider host has x{facts['static_wide']['size']:.2f} the parameters, what the policies kept "
         f"x{facts['static_wide']['policy_size']:.2f}.",
     ]
@@ -197,6 +219,11 @@ def made_by(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         f"{policies} policies x {envs} environments with the same keys; {card['data']['name']} "
         f"({card['data']['identity'][:16]}), {device['precision']}, {device['kind']} x{device['used']}, jax "
         f"{versions['jax']}; in {took:,.0f} s by\n  {card['command']}\n  {PROGRAM} RUN"
+        + (
+            ""
+            if facts["as_recorded"]
+            else "\nTHE RUN'S OWN ARMS CAME OUT OTHERWISE THAN RECORDED: these are other episodes"
+        )
     )
 
 
@@ -221,19 +248,20 @@ def main(argv: list[str] | None = None) -> int:
         console = Console()
         folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
         of = open_run(folder, console, *places)
-        with console.step("compile", "or found from the run itself"):
-            of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))
-        arrays, facts = controls(of, console)
-        facts["seconds"] = round(console.elapsed(), 1)
-        records.write_arrays(folder / "controls.npz", arrays)
-        files.write_json(folder / "controls.json", facts)
-        said = text_of(arrays, facts, of.card)
-        files.write_text(folder / "controls.txt", said)
-        console.say(said, always=True)
-        with console.step("report", str(folder / "report.html")):
-            everything = records.read_arrays(folder / "metrics.npz") | arrays
-            shown = publish.pictures(folder, console, of.card, everything, png=False)
-            publish.write_page(folder, of.card | {"controls": facts}, everything, shown)
+        with locked(folder):
+            metrics = records.read_arrays(folder / "metrics.npz")
+            with console.step("compile", "or found from the run itself"):
+                of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))
+            arrays, facts = controls(of, console)
+            facts["as_recorded"] = as_recorded(arrays, metrics)
+            facts["seconds"] = round(console.elapsed(), 1)
+            said = text_of(arrays, facts, of.card)
+            records.write_arrays(folder / "controls.npz", arrays)
+            files.write_json(folder / "controls.json", facts)
+            files.write_text(folder / "controls.txt", said)
+            console.say(said, always=True)
+            with console.step("report", str(folder / "report.html")):
+                publish.write_report(folder, console, of.card, metrics, png=False)
 
     return command.ended(work)
 

@@ -366,6 +366,12 @@ def test_hypers_of_a_run_on_several_devices_begin_another():
     assert tiny.equal(t.init(jax.random.key(0), run.hypers), run)
 
 
+def test_a_controller_that_is_named_twice_is_compared_once():
+    run = two_rounds(1)[1][0]
+    twice = train(1).compare(jax.random.key(0), run, ["eager", "eager", "never", "policy"])
+    assert list(twice) == ["eager", "never", "policy"] and all(equal(twice[name], comparison()[name]) for name in twice)
+
+
 def test_an_unknown_controller_is_refused():
     with pytest.raises(ValueError, match="controller 'greedy': must be one of never, random, eager, policy, policy_gr"):
         train(1).compare(jax.random.key(0), two_rounds(1)[0][0], ["greedy"])

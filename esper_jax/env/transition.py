@@ -36,7 +36,9 @@ from esper_jax.trees import select, strip_weak_type
 from esper_jax.types import Action, AlphaAlgorithm, Array, Masks, Op, SlotState, Stage
 
 DROPOUT = 1  # what the key of a batch is folded with for the host's dropout
-FOSSILS = 1  # what the key of a newborn is folded with for the seeds that it has from birth
+# What the key of a newborn is folded with for the seeds that it has from birth; a small number would give one of the
+# keys that it is split into for the host.
+FOSSILS = 2**30
 
 
 @struct.dataclass

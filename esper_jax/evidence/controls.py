@@ -18,7 +18,8 @@ class Control(NamedTuple):
     replayed: bool = False  # row p is made of policy p's own episodes
 
 
-TUNED, ORACLE, RANDOM = "periodic_tuned", "oracle", "random"
+TUNED, ORACLE, RANDOM, WIDE = "periodic_tuned", "oracle", "random", "static_wide"
+EAGER = "eager_"  # and the kind of seed that is grown everywhere
 CONTROLS = {
     "static_final": Control(
         "Does growing matter, or only the final shape?",
@@ -26,10 +27,12 @@ CONTROLS = {
         "the final shape from the start is better",
         replayed=True,
     ),
-    "static_wide": Control(
-        "Is it only the number of parameters?", "it is more than their number", "a wider host is better"
+    WIDE: Control("Is it only the number of parameters?", "it is more than their number", "a wider host is better"),
+    "blind": Control(
+        "Does it need to look, beyond what is legal and what time it is?",
+        "looking pays",
+        "it is better without looking",
     ),
-    "blind": Control("Does it need to look?", "looking pays", "it is better without looking"),
     # the usual schedule is one of likeliest actions, so it is those that it is compared with
     "fixed": Control(
         "Does it adapt?", "it adapts, and that pays", "its usual schedule is better", subject=GREEDY, replayed=True
@@ -48,9 +51,14 @@ def is_rule(arm: str) -> bool:
     return arm not in (BASELINE, *LEARNED) and (arm not in CONTROLS or CONTROLS[arm].rule)
 
 
+def is_control(arm: str) -> bool:
+    """Played after a run, to explain it, and no arm of the run's own comparison."""
+    return arm in CONTROLS or arm.startswith(EAGER)
+
+
 def is_eager(arm: str) -> bool:
     """`eager`, or one of a single blueprint."""
-    return arm == "eager" or arm.startswith("eager_")
+    return arm == "eager" or arm.startswith(EAGER)
 
 
 def same_policies(arm: str, other: str) -> bool:

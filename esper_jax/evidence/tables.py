@@ -26,7 +26,7 @@ def notes(metrics: dict[str, np.ndarray], bigram_loss: float | None = None) -> t
     unit = metric.unit
     return (
         f"{METHOD}.",
-        "* beyond chance at 5 %, corrected for the number of arms (Holm); the intervals are not corrected.",
+        "* beyond chance at 5 %, corrected for the number of arms (Holm; controls by themselves); intervals are not.",
         f"test {unit}, differences, params (relative to the bare host): of what was kept (fossilised).",
         f"final {unit}: of the network as it was at the end. loss - {BASELINE}: nats of report-test loss, lower is",
         "better. kept: seeds per environment.",
@@ -136,7 +136,7 @@ def sentence(metrics: dict[str, np.ndarray], data: str, meant: str | None = None
 
 def answers(metrics: dict[str, np.ndarray]) -> list[tuple[str, str]]:
     """Questions and answers of the control arms that are there."""
-    return verdict.answers(values(metrics), metric_of(metrics))
+    return verdict.answers(values(metrics), sizes(metrics), metric_of(metrics))
 
 
 class Point(NamedTuple):

@@ -1,9 +1,10 @@
 """What the intervals of a comparison allow one to claim, in words.
 
 Arms are f[P, E] in the metric's unit, of what was kept on the report-test split: the same environments in each, P = 1
-for a rule, NaN where not measured. All comparisons of one subject are a family: `never` with every arm, a learned arm
-with every arm that is not learned. What is called better, worse or beyond chance is so after Holm's correction for its
-family; intervals are the plain 95 % ones.
+for a rule, NaN where not measured. The comparisons of one subject, of `never` or of a learned arm, are two families:
+with the arms of the run itself, and with the controls that were played later, so that those change nothing about what
+a run has claimed. What is called better, worse or beyond chance is so after Holm's correction for its family;
+intervals are the plain 95 % ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, LEARNED, POLICY
 from esper_jax.evidence.bootstrap import gap_closed
-from esper_jax.evidence.controls import BEST_EAGER, CONTROLS, ORACLE, RANDOM, Control, is_eager, is_rule, same_policies
+from esper_jax.evidence.controls import (
+    BEST_EAGER,
+    CONTROLS,
+    ORACLE,
+    RANDOM,
+    WIDE,
+    Control,
+    is_control,
+    is_eager,
+    is_rule,
+    same_policies,
+)
 from esper_jax.evidence.statistics import CONFIDENCE, Interval, difference, holm, signed
 from esper_jax.metric import Metric
 
@@ -49,15 +61,23 @@ def claims(values: Arms, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, st
     return {pair: Claim(i, float(p), family) for pair, i, p in zip(pairs, found, corrected, strict=True)}
 
 
+def _of_subject(values: Arms, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Claim]:
+    """Claims in two families: about the arms of a run, and about controls."""
+    controls = [pair for pair in pairs if any(map(is_control, pair))]
+    return claims(values, [pair for pair in pairs if pair not in controls]) | claims(values, controls)
+
+
 def gains(values: Arms) -> dict[str, Claim]:
     """Of every other arm over the bare host."""
-    return {arm: claim for (arm, _), claim in claims(values, [(a, BASELINE) for a in values if a != BASELINE]).items()}
+    found = _of_subject(values, [(arm, BASELINE) for arm in values if arm != BASELINE])
+    return {arm: found[arm, BASELINE] for arm in values if arm != BASELINE}
 
 
 def against_all(values: Arms, subject: str) -> dict[str, Claim]:
     """Of a learned arm over every arm that is not learned, but for the bare host, which has a family of its own."""
     others = [arm for arm in values if arm not in (BASELINE, *LEARNED)]
-    return {other: claim for (_, other), claim in claims(values, [(subject, other) for other in others]).items()}
+    found = _of_subject(values, [(subject, other) for other in others])
+    return {other: found[subject, other] for other in others}
 
 
 def best(values: Arms, arms: Iterable[str], metric: Metric) -> str | None:
@@ -91,6 +111,10 @@ def headline(values: Arms, size: Arms, *, data: str, metric: Metric, meant: str 
     parts, against = [f"On {data}, {start}"], against_all(values, POLICY)
     if rule is not None:
         parts[0] += f"; the best rule ({rule}) {_did(gained[rule].interval, metric)} {times(rule)}"
+        if ORACLE in values:
+            parts[0] += (
+                f"; the best schedule that a search found {_did(gained[ORACLE].interval, metric)} {times(ORACLE)}"
+            )
         parts.append(_lead(against[rule], metric, digits))
     for arm, control in CONTROLS.items():
         if control.behind and not control.rule and arm in against and against[arm].worse(metric):
@@ -121,7 +145,7 @@ def _lead(claim: Claim, metric: Metric, digits: int) -> str:
     if not metric.higher_is_better:
         mean, low, high = -mean, -high, -low
     between = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    start = f"The difference, {signed(mean, digits)}{between},"
+    start = f"The difference to the rule, {signed(mean, digits)}{between},"
     if claim.certain:
         return f"{start} is beyond chance" + ("" if claim.better(metric) else ", in favour of the rule")
     return f"{start} may be chance" + _one_of_many(claim)
@@ -194,16 +218,22 @@ def _numbers(interval: Interval, metric: Metric) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def answers(values: Arms, metric: Metric) -> list[tuple[str, str]]:
-    """A question for each control arm that is there, and its answer; corrected as in `against_all`."""
+def answers(values: Arms, size: Arms, metric: Metric) -> list[tuple[str, str]]:
+    """A question for each control arm that is there, and its answer; corrected as in `against_all`.
+
+    Args:
+      size: f[P, E] parameters relative to the bare host.
+    """
     against = {subject: against_all(values, subject) for subject in LEARNED if subject in values}
     asked = {arm: control for arm, control in CONTROLS.items() if arm in values and arm != ORACLE}
     eager = [arm for arm in values if is_eager(arm)]
     chosen = best(values, eager, metric) if len(eager) > 1 else None
     if chosen is not None:
         asked[chosen] = BEST_EAGER
+    times = lambda arm: f"x{np.nanmean(size[arm]):.2f}"
+    more = {WIDE: f" (it has {times(WIDE)} the parameters, and {POLICY} {times(POLICY)})"} if WIDE in asked else {}
     found = [
-        (control.question, _answer(control, arm, against[control.subject][arm], metric))
+        (control.question, _answer(control, arm, against[control.subject][arm], metric) + more.get(arm, ""))
         for arm, control in asked.items()
         if control.subject in against
     ]
@@ -227,4 +257,5 @@ def _left(values: Arms, metric: Metric) -> str:
     if np.isnan(closed.mean):
         return f"not known: {ORACLE} is not better than {RANDOM} beyond chance, so there is no gap to close"
     mean, low, high = (f"{100 * value:.0f}" for value in closed[:3])
-    return f"{POLICY} closed {mean} % [{low}, {high}] of the gap between {RANDOM} and {ORACLE}"
+    found = f"the best schedule that a search found ({ORACLE}), a lower bound of what is possible"
+    return f"{POLICY} closed {mean} % [{low}, {high}] of the gap between {RANDOM} and {found}"

@@ -124,6 +124,9 @@ def flops(jaxpr: Any, pick: Any) -> float:
     return total
 
 
+FEW = 2  # examples that work is counted on: of many, convolutions are loops over blocks, which XLA counts once
+
+
 class Work(NamedTuple):
     """FLOP of training for one epoch: of the host, and of each seed that acts."""
 
@@ -132,8 +135,8 @@ class Work(NamedTuple):
 
 
 def work(cfg: Config, dataset: AnyDataset) -> Work:
-    """As XLA counts what is lowered, additions of bias and norm included; backwards twice as much as forwards (Kaplan
-    et al., 2020)."""
+    """As XLA counts what is lowered for a few examples, additions of bias and norm included; backwards twice as much as
+    forwards (Kaplan et al., 2020)."""
     model = jax.eval_shape(
         lambda: networks.init(
             jax.random.key(0), cfg.host, blueprints=(), example=dataset.example, outputs=dataset.outputs
@@ -142,7 +145,7 @@ def work(cfg: Config, dataset: AnyDataset) -> Work:
     host, names = model.host, cfg.lifecycle.catalog
     blueprints = seed_bank.table(cfg.lifecycle.blueprints, cfg.host.modules)[1:]
     one = dataset.validation.inputs
-    batch = jax.ShapeDtypeStruct((cfg.training.batch_size, *one.shape[1:]), one.dtype)
+    batch = jax.ShapeDtypeStruct((FEW, *one.shape[1:]), one.dtype)
     batch = jax.eval_shape(dataset.prepare, batch)
     embed = lambda host, x: host.embed(x, dtype=cfg.training.compute_dtype, tile_pixels=0)
     count = lambda fun, *args: jax.jit(fun).lower(*args).cost_analysis().get("flops", 0.0)
@@ -160,7 +163,7 @@ def work(cfg: Config, dataset: AnyDataset) -> Work:
                 run = lambda params, tile, b=blueprint: b.after_stem(params, tile, b.stem_of(params, tile))
                 seeds[slot, names.index(blueprint.name)] = count(run, params, tile)
     total += count(lambda host, tile: host.read_out(tile), host, tile)
-    epoch = 3.0 * cfg.training.batches_per_epoch
+    epoch = 3.0 * cfg.training.batches_per_epoch * cfg.training.batch_size / FEW
     return Work(epoch * total, epoch * seeds)
 
 

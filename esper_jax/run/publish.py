@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,9 @@ def publish(
     for line in (*notes, "", claim, ""):
         console.say(line, always=True)
     with console.step("report", str(out / "report.html")):
-        shown = pictures(out, console, card, metrics)
         seconds = console.durations | {"total": console.elapsed()}
         card = card | {"status": "complete", "seconds": {name: round(s, 2) for name, s in seconds.items()}}
-        write_page(out, card, metrics, shown)
+        write_report(out, console, card, metrics)
         files.write_json(out / "run.json", card)  # last: it says that all is there
     console.say(f"wrote {out}{os.sep}  (open report.html)", always=True)
 
@@ -65,11 +65,31 @@ def result(
     return tables.columns(metrics), tables.table(metrics), notes, claim
 
 
-def write_page(out: Path, card: dict[str, Any], metrics: dict[str, np.ndarray], shown: report.Pictures) -> None:
-    """report.html; the samples of text are those that are there."""
+def write_report(
+    out: Path, console: Console, card: dict[str, Any], metrics: dict[str, np.ndarray], png: bool = True
+) -> None:
+    """report.html and, with `png`, the pictures that are files as well: of the run, and of the samples of text and the
+    controls that are in its folder, if they are those of this run."""
     samples = (out / "samples.txt").read_text(encoding="utf-8") if (out / "samples.txt").exists() else ""
+    if controls := controls_of(out, metrics):
+        if png:  # which show the run alone
+            pictures(out, console, card, metrics)
+        png, metrics, card = False, controls[0], card | {"controls": controls[1]}
+    shown = pictures(out, console, card, metrics, png=png)
     page = report.page(title(card), metrics, card, shown, meant=card.get("meant"), samples=samples)
     files.write_text(out / "report.html", page)
+
+
+def controls_of(out: Path, metrics: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The arrays of a run with its controls, and what these were, if they were played and for the run as it is now."""
+    try:
+        arrays = records.read_arrays(out / "controls.npz")
+        facts = json.loads((out / "controls.json").read_text(encoding="utf-8"))
+        mine = np.isin(arrays["arms/names"], metrics["arms/names"])
+        same = np.array_equal(arrays["arms/test_loss"][mine], metrics["arms/test_loss"])
+    except (OSError, ValueError, KeyError, IndexError):  # there are none, or not all of them
+        return None
+    return (metrics | arrays, facts) if same else None
 
 
 def pictures(

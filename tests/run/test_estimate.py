@@ -120,24 +120,36 @@ def test_memory_is_what_may_be_used(tmp_path, files, bytes_):
     assert devices.host_memory(tmp_path) == bytes_
 
 
-def test_work_of_training():
-    """A convolution of 3x3 from c to d channels at p positions is 2 p 9 c d per image; XLA counts what lies beyond the
-    border less, and adds what norms, activations and pooling take."""
-    cfg = presets.get("smoke", "digits")
+def products(cfg, channels):
+    """Of the convolutions and the read-out, per image: 2 p k k c d for k x k from c to d channels at p positions."""
+    side, total = cfg.data.image_size or (8 if cfg.data.name == "digits" else 32), 0
+    for block, width in enumerate(cfg.host.widths):
+        total += 2 * side**2 * cfg.host.kernel_size**2 * channels * width
+        side, channels = side // 2 if block < cfg.host.pool_layers else side, width
+    return total + 2 * channels * 10
+
+
+@pytest.mark.parametrize(
+    "preset, name, channels", [("smoke", "digits", 1), ("full", "digits", 1), ("full", "shapes", 3)]
+)
+def test_work_of_training(preset, name, channels):
+    """XLA counts what lies beyond a border less, and adds what norms, activations and pooling take."""
+    cfg = presets.get(preset, name)
     images = cfg.training.batch_size * cfg.training.batches_per_epoch
     host, seeds = estimate.work(cfg, data.load(cfg.data))
-    # digits are 8x8 with one channel: to 2 channels, pooled to 4x4, to 4 channels, pooled to 2x2, then 4 to 10 classes
-    products = 2 * (64 * 9 * 1 * 2 + 16 * 9 * 2 * 4 + 4 * 10)
-    assert products < host / (3 * images) < 1.3 * products
+    assert 0.9 * products(cfg, channels) < host / (3 * images) < 1.3 * products(cfg, channels)
     names = cfg.lifecycle.catalog
-    assert seeds.shape == (2, len(names))
-    # conv_light at 4x4 with 2 channels and at 2x2 with 4
-    light = 2 * 9 * np.array([16 * 2 * 2, 4 * 4 * 4])
-    found = seeds[:, names.index("conv_light")] / (3 * images)
-    assert (0.5 * light < found).all() and (found < 1.5 * light).all()
-    norm = seeds[:, names.index("norm")] / (3 * images)
-    assert (0 < norm).all() and (norm < 0.3 * light).all()
-    assert not seeds[:, names.index("conv_heavy")].any()  # not offered
+    assert seeds.shape == (len(cfg.host.slot_names), len(names))
+    of = lambda kind: seeds[:, names.index(kind)]
+    assert (0 < of("norm")).all() and (of("norm") < of("conv_light")).all()
+    if preset == "full":
+        assert (of("conv_small") < of("conv_light")).all() and (of("conv_light") < of("conv_heavy")).all()
+    else:  # conv_light: 3x3 at 4x4 with 2 channels and at 2x2 with 4
+        light = 2 * 9 * np.array([16 * 2 * 2, 4 * 4 * 4])
+        assert (0.5 * light < of("conv_light") / (3 * images)).all() and (
+            of("conv_light") / (3 * images) < 1.5 * light
+        ).all()
+        assert not of("conv_heavy").any()  # not offered
 
 
 def test_work_of_text():
