@@ -292,13 +292,9 @@ def make_train(
     space, n_policies, paired = cfg.action_space, cfg.policy_seeds, cfg.reward.mode == "paired"
     n_features = observation.size(space)
     decided = jnp.arange(cfg.training.epochs, dtype=jnp.int32) > 0  # rows that a decision began
-    time = jnp.asarray(observation.is_time(space))
+    is_time = jnp.asarray(observation.is_time(space))
     names = (*rules, *LEARNED)
     greedy = names.index(GREEDY)
-
-    def look(statistics: RunningStatistics, hypers: Hypers, features):
-        """What a policy gets to see, f32[..., D]."""
-        return jnp.where(time, 1.0, hypers.sight) * normalizers.normalise(statistics, features)
 
     def rollout(dataset, run: RunState, key, who: Who, axis_name):
         def episode(which: Who):
@@ -307,8 +303,8 @@ def make_train(
                 lambda leaf: leaf[learner], (run.learner.params, run.observations, run.hypers)
             )
             env = make_env(cfg, dataset, hypers.weights)
-            sees = partial(look, statistics, hypers)
-            learned = policy.make_controller(space, params, sees, deterministic=number == greedy)
+            look = partial(normalizers.seen, statistics, is_time=is_time, sight=hypers.sight)
+            learned = policy.make_controller(space, params, look, deterministic=number == greedy)
             told = baselines.planned(orders.plan, lifecycle=cfg.lifecycle), baselines.matched(orders.ops)
             controller = choose([*rules.values(), learned, *told], number - (number >= greedy))
             init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
@@ -363,7 +359,7 @@ def make_train(
         returns = normalizers.update(returns, sums[:, 1:].reshape(-1, 1))
         scale = jnp.sqrt(returns.var[0] + normalizers.EPS)
         trajectory = ppo.Trajectory(
-            features=look(observations, hypers, rows.features),
+            features=normalizers.seen(observations, rows.features, is_time, hypers.sight),
             masks=rows.masks,
             action=rows.action,
             log_prob=rows.log_prob,

@@ -48,10 +48,11 @@ def read(folder: Path) -> Finished:
         kept, metric = tables.values(metrics), tables.metric_of(metrics)
         sign = 1 if metric.higher_is_better else -1
         gain = {arm: crossed_interval(sign * (value - kept[BASELINE])) for arm, value in kept.items()}
-        size = {arm: float(np.nanmean(value)) for arm, value in tables.sizes(metrics).items()}
+        size = {arm: tables.measured_mean(value) for arm, value in tables.sizes(metrics).items()}
         learned = _learned(metrics, metric)
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{folder / 'metrics.npz'}: must be the arrays of a run: no {error}") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder / 'metrics.npz'}: must be the arrays of a run: {reason}") from None
     return Finished(folder, card, gain, size, learned, metric)
 
 
@@ -145,7 +146,7 @@ def rows(group: list[Finished]) -> tuple[list[str], list[list[str]]]:
     certain = holm(np.array([np.nan if arm == BASELINE else each.p for arm, each in found.items()])) <= 1 - CONFIDENCE
     cells = []
     for (arm, interval), sure in zip(found.items(), certain, strict=True):
-        size = f"x{np.mean([run.size[arm] for run in group]):.2f}"
+        size = tables.times(np.array([run.size[arm] for run in group]))
         own = [signed(run.gain[arm].mean, digits) for run in group]
         mean = tables.plus_minus(interval, digits) + ("" if np.isnan(interval.half) else "*" if sure else " ")
         cells.append([arm, "-", size, *("-" for _ in group)] if arm == BASELINE else [arm, mean, size, *own])

@@ -20,6 +20,8 @@ from esper_jax.run.console import Console
 from esper_jax.run.job import RETURN_AFTER
 from esper_jax.train import RunState, Train
 
+DATA_IN_FOLDERS = ("auto", "cifar10")  # the others are made or installed
+
 
 class Finished(NamedTuple):
     """A run that is complete."""
@@ -53,12 +55,14 @@ def open_run(folder: Path, console: Console, data_dir: Path | None = None, text:
     """
     card = provenance.read_finished(folder)
     cfg = Config.from_json(json.dumps(card["config"]))
-    of_text = isinstance(cfg, TextConfig)
-    if data_dir and of_text or text and not of_text:
+    if data_dir and cfg.data.name not in DATA_IN_FOLDERS or text and not isinstance(cfg, TextConfig):
         option = "--data-dir" if data_dir else "--text"
         raise ValueError(f"{option} {data_dir or ' '.join(text)}: {folder} is a run on {cfg.data.name}")
     cfg = cfg.replace(**{"data.data_dir": str(data_dir)}) if data_dir else cfg
     cfg = cfg.replace(**{"data.files": tuple(text)}) if text else cfg
+    if other := made_otherwise(card):
+        line = f"{folder} was made by another version ({other}): its numbers may be others now"
+        console.say(line, style="bold red", always=True)
     devices.use_cpus(cfg.devices)
     devices.backend()
     dataset = data.load(cfg.data, announce=console.say)
@@ -79,7 +83,15 @@ def state_at(finished: Finished, number: int, console: Console) -> Finished:
     known = [step for step in checkpoint.steps(kept) if step <= number]
     if known:
         meta = {"config": provenance.computed(cfg, card["added"]), "data": provenance.digest(dataset.identity)}
-        run, done = checkpoint.restore(kept, compilation.run_template(train, cfg, key), meta, step=known[-1])
+        try:
+            run, done = checkpoint.restore(kept, compilation.run_template(train, cfg, key), meta, step=known[-1])
+        except checkpoint.DamageError:
+            raise
+        except checkpoint.CheckpointError as error:
+            if not made_otherwise(card):
+                raise
+            what = "was made by another version, whose checkpoints this one cannot read"
+            raise ValueError(f"{folder}: {what} ({error})") from None
     else:
         run, done = train.init(key), 0
     if done < number:
@@ -88,6 +100,16 @@ def state_at(finished: Finished, number: int, console: Console) -> Finished:
             for _ in range(done, number):
                 run, _ = train.update(key, run)
     return finished._replace(run=run)
+
+
+def made_otherwise(card: dict[str, Any]) -> str:
+    """What made a run and is not what runs now, by its run card: sources or JAX; empty if both are the same."""
+    facts = {
+        "esper_jax's sources": ((card.get("source") or {}).get("sha256"), provenance.source()["sha256"]),
+        "jax": ((card.get("versions") or {}).get("jax"), provenance.versions()["jax"]),
+    }
+    differs = {name: pair for name, pair in facts.items() if pair[0] != pair[1]}
+    return "; ".join(f"{name} {str(a or 'unknown')[:12]} then, {b[:12]} now" for name, (a, b) in differs.items())
 
 
 def check_no_return(folder: Path, first: int, last: int) -> None:

@@ -10,6 +10,7 @@ job, on keys that no training has seen. Writes prices.npz, prices.txt and prices
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,13 +62,16 @@ class Options:
 def sweep(chosen: Options, out: Path, console: Console) -> None:
     """Raises ValueError and OSError."""
     prices = chosen.prices
-    if not prices or any(not np.isfinite(p) or p < 0 for p in prices) or len(set(prices)) < len(prices):
-        given = " ".join(f"{price:g}" for price in prices)
-        raise ValueError(f"--prices {given}: must be different finite numbers, at least 0")
+    alike = len({float(f"{price:g}") for price in prices}) < len(prices)  # arms are named so
+    if not prices or any(not np.isfinite(p) or p < 0 for p in prices) or alike:
+        given = " ".join(map(str, prices))
+        raise ValueError(f"--prices {given}: must be finite numbers, at least 0, that differ in six digits")
     cfg = presets.get(chosen.preset, chosen.data).replace(
         policy_seeds=len(prices) * chosen.policies, seed=chosen.seed, **{"reward.mode": "paired"}
     )
     cfg = cfg.replace(report_envs=chosen.report_envs or cfg.report_envs)
+    if chosen.data_dir and chosen.data != "cifar10":
+        raise ValueError(f"--data-dir {chosen.data_dir}: is of --data cifar10 alone, not of {chosen.data}")
     cfg = cfg.replace(**{"data.data_dir": str(chosen.data_dir) if chosen.data_dir else None})
     devices.use_cpus(cfg.devices)
     devices.backend()
@@ -90,6 +94,7 @@ def sweep(chosen: Options, out: Path, console: Console) -> None:
     work = estimate.work(cfg, dataset)
     arrays = records.arm_arrays(by_price(arms, prices), cfg.lifecycle.catalog, dataset.metric(dataset.test), *work)
     card = provenance.run_card(cfg, dataset)
+    del card["config"]["reward"]["price"]  # which no policy paid
     records.write_arrays(out / "prices.npz", arrays)
     files.write_json(out / "prices.json", {"command": command_line(chosen), "prices": prices, **card})
     columns, rows = tables.columns(arrays), tables.table(arrays)
@@ -115,12 +120,12 @@ def by_price(arms: dict[str, Comparison], prices: tuple[float, ...]) -> dict[str
 def command_line(chosen: Options) -> str:
     """That gives these numbers again."""
     shown = dataclasses.replace(chosen, out=None)
-    words = [PROGRAM]
+    words: list[str] = []
     for field in dataclasses.fields(shown):
         value = getattr(shown, field.name)
         if value is not None:
             words += ["--" + field.name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else (value,))]
-    return " ".join(words)
+    return f"{PROGRAM} {shlex.join(words)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         console = Console()
-        chosen = options.cli(Options, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
+        words = sys.argv[1:] if argv is None else argv
+        options.check(words, Options)
+        chosen = options.cli(Options, words, prog=PROGRAM)
         name = Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}-prices-seed{chosen.seed}"
         with folder.new(chosen.out or name, named=chosen.out is not None) as out:
             sweep(chosen, Path(out), console)

@@ -11,7 +11,8 @@ goes on by itself.
 The *return* of an episode is what the critic was trained to predict: the discounted rewards from the moment on, up to
 a rollback. An action's *true advantage* is its return minus that of episodes in which the policy decides itself, with
 the same lucks. The *critic's advantage* is r + gamma V(s') - V(s), mean over the lucks. Both are in units of reward:
-what the learner sees, clipped and a rollback's fine included, times the deviation that it divides rewards by.
+what the learner sees, clipped and a rollback's fine included, times the deviation that it divides rewards by. The r and
+s' of a luck are in its return, too, so the two are correlated across lucks: one by half of them, one by the other half.
 
 Axis letters: N episodes, T epochs, A actions of a moment, K lucks, M moments.
 """
@@ -47,7 +48,7 @@ from esper_jax.enums import (
 from esper_jax.env import observation
 from esper_jax.evidence.statistics import Interval, mean_interval, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import command, compilation, options, records
+from esper_jax.run import command, compilation, folder, options, provenance, records
 from esper_jax.run.console import Console
 from esper_jax.train import Rollout, episodes, round_key
 from esper_jax.types import Action, Masks
@@ -74,7 +75,7 @@ class Judgement(NamedTuple):
     actions: np.ndarray  # i32[A, 8] in the order of HEADS
     returns: np.ndarray  # f[A, K]
     own: np.ndarray  # f[K] returns where the policy decides itself
-    critic: np.ndarray  # f[A] the critic's advantages
+    expected: np.ndarray  # f[A, K] the critic's advantages, by luck
     value: float  # what the critic expects at the moment
 
     @property
@@ -83,17 +84,27 @@ class Judgement(NamedTuple):
         return self.returns - self.own
 
     @property
+    def critic(self) -> np.ndarray:
+        """f[A] the critic's advantages."""
+        return self.expected.mean(1)
+
+    @property
     def correlation(self) -> float:
-        """Of the critic's advantages with the true ones, by rank."""
-        return rank_correlation(self.critic, self.advantages.mean(1))
+        """Of the critic's advantages by the even lucks with the true ones by the odd, by rank, and the reverse: their
+        mean. NaN of one luck."""
+        return (self._across(self.expected, 0) + self._across(self.expected, 1)) / 2
 
     @property
     def agreement(self) -> float:
         """The same of the true ones by the even lucks with those by the odd: what noise leaves for a critic to reach,
         were it to see half of the lucks. NaN of one luck."""
-        if self.returns.shape[1] < 2:
+        return self._across(self.advantages, 0)
+
+    def _across(self, advantages: np.ndarray, first: int) -> float:
+        """Rank correlation of advantages f[A, K] by every second luck from the first on with true ones by the rest."""
+        if advantages.shape[1] < 2:
             return float("nan")
-        return rank_correlation(self.advantages[:, ::2].mean(1), self.advantages[:, 1::2].mean(1))
+        return rank_correlation(advantages[:, first::2].mean(1), self.advantages[:, 1 - first :: 2].mean(1))
 
 
 def legal_actions(masks: Masks) -> np.ndarray:
@@ -181,7 +192,7 @@ def judge(
         mine, end = slice(end, end + len(some) * len(lucks)), end + len(some) * len(lucks)
         by_luck = lambda array, mine=mine, some=some: array[mine].reshape(len(some), len(lucks))
         earned = by_luck(returns)
-        expected = by_luck(critic).mean(1)[:-1]
+        expected = by_luck(critic)[:-1]
         found.append(Judgement(moment, some[:-1], earned[:-1], earned[-1], expected, float(value[mine][0])))
     return found
 
@@ -192,8 +203,7 @@ def probabilities(opened: Finished, moment: Moment, episode: Rollout, actions: n
     params, statistics, sight = jax.tree.map(
         lambda leaf: leaf[moment.policy], (run.learner.params, run.observations, run.hypers.sight)
     )
-    features = normalizers.normalise(statistics, jnp.asarray(episode.features))
-    features *= jnp.where(observation.is_time(space), 1.0, sight)
+    features = normalizers.seen(statistics, jnp.asarray(episode.features), observation.is_time(space), sight)
     masks = jax.tree.map(lambda leaf: jnp.asarray(leaf[moment.epoch]), episode.masks)
     so_far = slice(1, moment.epoch + 1)  # no decision is made at birth
 
@@ -301,14 +311,25 @@ def sentence(found: Judgement, taken: int, gain: Interval | None, lucks: int, cf
     if gain is not None:
         more = f"{abs(gain.mean):.2f} ± {half(gain)} {'more' if gain.mean >= 0 else 'less'}"
         parts.append(f"the best, {words(best)}, gains {more} with {lucks} other lucks, by which it was not chosen")
-    parts.append(f"the critic's ranking correlates {signed(found.correlation)} with the truth, and the truth by one "
-                 f"half of the lucks {signed(found.agreement)} with that by the other")  # fmt: skip
+    parts.append(f"by half of the lucks, the critic's ranking correlates {signed(found.correlation)} with the truth by "
+                 f"the other half, and the truth {signed(found.agreement)}")  # fmt: skip
     return "; ".join(parts) + "."
 
 
-def one_moment(opened: Finished, console: Console, round_number: int, moment: Moment, lucks: int) -> None:
-    """All legal actions at a moment: a table, a sentence, a picture."""
-    cfg, name = opened.cfg, f"whatif-{round_number}-{moment.env}-{moment.epoch}-{moment.policy}"
+def check_free(path: Path) -> None:
+    """Raises ValueError where a folder is in the place of a file to write, of which the path has no suffix."""
+    for file in (Path(f"{path}.csv"), Path(f"{path}.png")):
+        if file.is_dir():
+            raise ValueError(f"{file}: is a folder, and must be a file or free; move it away")
+
+
+def one_moment(opened: Finished, console: Console, round_number: int, moment: Moment, lucks: int, path: Path) -> None:
+    """All legal actions at a moment: a table, a sentence, a picture.
+
+    Args:
+      path: of the files to write, without their suffixes.
+    """
+    cfg = opened.cfg
     place = f"round {round_number}, environment {moment.env}, epoch {moment.epoch}, policy {moment.policy}"
     with console.step("replay", place) as said:
         rows = play(opened, round_number, [moment], NO_ORDER[None], [0])
@@ -338,9 +359,9 @@ def one_moment(opened: Finished, console: Console, round_number: int, moment: Mo
                 always=True)  # fmt: skip
     said = sentence(found, taken, gain, lucks, cfg)
     console.say(f"\n{said}\n", always=True)
-    records.write_csv(opened.folder / f"{name}.csv", results, COLUMNS)
-    draw_moment(opened.folder / f"{name}.png", found, taken, cfg, f"What if: {place}")
-    console.say(f"wrote {opened.folder / name}.csv and .png", always=True)
+    records.write_csv(Path(f"{path}.csv"), results, COLUMNS)
+    draw_moment(Path(f"{path}.png"), found, taken, cfg, f"What if: {place}")
+    console.say(f"wrote {path}.csv and .png", always=True)
 
 
 MANY_COLUMNS = (
@@ -349,10 +370,16 @@ MANY_COLUMNS = (
 
 
 def many_moments(
-    opened: Finished, console: Console, round_number: int, given: dict[str, int | None], count: int, lucks: int
+    opened: Finished,
+    console: Console,
+    round_number: int,
+    given: dict[str, int | None],
+    count: int,
+    lucks: int,
+    path: Path,
 ) -> None:
     """Some actions at each of many moments of a round, drawn at random: is the critic right?"""
-    cfg, name = opened.cfg, f"whatif-{round_number}-moments"
+    cfg = opened.cfg
     # a moment of each episode, before which nothing is asked of it
     everyone = [Moment(p, e, 1) for p in range(cfg.policy_seeds) for e in range(cfg.n_envs)]
     with console.step("replay", f"round {round_number}, all its episodes") as said:
@@ -374,9 +401,9 @@ def many_moments(
     with console.step("moments", f"{count} moments, at most {MOST_ACTIONS} actions each, {lucks} lucks"):
         found = judge(opened, round_number, moments, actions, range(1, lucks + 1))
     console.say("\n".join(summary(found, lucks)), always=True)
-    records.write_csv(opened.folder / f"{name}.csv", list(many_rows(found, cfg)), MANY_COLUMNS)
-    draw_moments(opened.folder / f"{name}.png", found, f"Critic and truth: {count} moments of round {round_number}")
-    console.say(f"wrote {opened.folder / name}.csv and .png", always=True)
+    records.write_csv(Path(f"{path}.csv"), list(many_rows(found, cfg)), MANY_COLUMNS)
+    draw_moments(Path(f"{path}.png"), found, f"Critic and truth: {count} moments of round {round_number}")
+    console.say(f"wrote {path}.csv and .png", always=True)
 
 
 def many_rows(found: Sequence[Judgement], cfg: Config) -> Iterable[dict[str, Any]]:
@@ -391,16 +418,19 @@ def many_rows(found: Sequence[Judgement], cfg: Config) -> Iterable[dict[str, Any
 
 
 def summary(found: Sequence[Judgement], lucks: int) -> list[str]:
-    """What many moments say of a critic, as lines."""
+    """What many moments say of a critic, as lines. Correlations of moments are averaged as they are, and the interval
+    is cut off at -1 and 1: Fisher's z has no mean where some are -1 or 1, as those of two actions always are."""
     value, truth = np.array([each.value for each in found]), np.array([each.own.mean() for each in found])
     error = mean_interval(value - truth)
-    ranks = [mean_interval(np.array([getattr(each, name) for each in found])) for name in ("correlation", "agreement")]
+    by_moment = lambda name: mean_interval(np.array([getattr(each, name) for each in found]))
+    cut = lambda mean: mean._replace(low=float(np.clip(mean.low, -1, 1)), high=float(np.clip(mean.high, -1, 1)))
+    ranks = [cut(by_moment(name)) for name in ("correlation", "agreement")]
     values = rank_interval(rank_correlation(value, truth), len(found))
     cells = [
         ["V(s) with the return, over moments", *_cells(values)],
         ["V(s) minus the return, in units of reward", *_cells(error)],
-        ["advantages of a moment: the critic's with the true", *_cells(ranks[0])],
-        ["advantages of a moment: true ones by half of the lucks with the others'", *_cells(ranks[1])],
+        ["advantages of a moment: the critic's by half of the lucks with true ones by the others", *_cells(ranks[0])],
+        ["advantages of a moment: true ones by half of the lucks with true ones by the others", *_cells(ranks[1])],
     ]
     note = f"Rank correlations (Spearman) but for the second row; 95 % intervals over moments; {lucks} lucks. A moment "
     note += "at which all actions return the same has no correlation. The last row is what noise leaves to be found."
@@ -531,15 +561,18 @@ def answer(chosen: Options, console: Console) -> None:
     round_number = cfg.rounds if chosen.round is None else chosen.round
     check_range("round", round_number, 0, cfg.rounds)
     check_moment(cfg, given)
+    moment = None if chosen.moments is not None else Moment(**given)
+    name = "moments" if moment is None else f"{moment.env}-{moment.epoch}-{moment.policy}"
+    check_free(path := opened.folder / f"whatif-{round_number}-{name}")
     if round_number < cfg.rounds:
         opened = state_at(opened, round_number, console)
     with console.step("compile", "what plays episodes"):  # no rounds: none are learned from
         train = compilation.compile_ahead(opened.train, cfg.replace(rounds=0), opened.key)
         opened = opened._replace(train=train)
-    if chosen.moments is None:
-        one_moment(opened, console, round_number, Moment(**given), chosen.lucks)
+    if moment is not None:
+        one_moment(opened, console, round_number, moment, chosen.lucks, path)
     else:
-        many_moments(opened, console, round_number, given, chosen.moments, chosen.lucks)
+        many_moments(opened, console, round_number, given, chosen.moments, chosen.lucks, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -548,7 +581,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         words = sys.argv[1:] if argv is None else argv
         options.check(list(itertools.dropwhile(lambda word: not word.startswith("--"), words)), Options)
-        answer(options.cli(Options, words, prog=PROGRAM), Console())
+        chosen = options.cli(Options, words, prog=PROGRAM)
+        provenance.read_finished(chosen.run)  # a lock is laid into the folders of runs alone
+        with folder.locked(chosen.run):  # and one that cannot be written to is found out before anything is played
+            answer(chosen, Console())
 
     return command.ended(work)
 

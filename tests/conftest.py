@@ -34,6 +34,8 @@ TOGETHER = {  # files that share compiled programs
             "test_controls",
             "test_whatif",
             "test_scalars",
+            "test_finished",
+            "test_prices",
         ),
         "run",
     ),

@@ -53,3 +53,9 @@ def normalise(state: RunningStatistics, x: Array) -> Array:
     """`(x - mean) / sqrt(var + 1e-4)` clamped to +-10; f32[..., D]."""
     along = (1,) * (x.ndim - 1) + (-1,)
     return jnp.clip((x - state.mean.reshape(along)) / jnp.sqrt(state.var + EPS).reshape(along), -CLIP, CLIP)
+
+
+def seen(state: RunningStatistics, x: Array, is_time: Array, sight: Array | float) -> Array:
+    """What a policy gets to see of features f32[..., D]: normalised, and multiplied by `sight` (f32[]) but for the time
+    (`is_time`, bool[D])."""
+    return jnp.where(is_time, 1.0, sight) * normalise(state, x)

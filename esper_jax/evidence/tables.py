@@ -100,12 +100,28 @@ def table(metrics: dict[str, np.ndarray]) -> list[list[str]]:
             gain = _starred(by_value[arm], digits)
             of_loss = _starred(by_loss[arm], 2 if metric.higher_is_better else digits)
         plain = (_plain(kept[arm], digits), gain, _plain(final[arm], digits), of_loss)
-        rows.append([arm, *plain, f"x{size[arm].mean():.2f}", f"{fossils[arm].mean():.1f}"])
+        rows.append([arm, *plain, times(size[arm]), _plain(fossils[arm], 1)])
     return rows
 
 
+def measured_mean(samples: np.ndarray) -> float:
+    """Mean of those samples that are not NaN; NaN if there is none."""
+    there = samples[~np.isnan(samples)]
+    return float(there.mean()) if there.size else float("nan")
+
+
+def times(sizes: np.ndarray) -> str:
+    """A mean relative size, "-" if none was measured.
+
+    >>> times(np.array([1.0, 1.5, np.nan])), times(np.array([np.nan]))
+    ('x1.25', '-')
+    """
+    mean = _plain(sizes, 2)
+    return mean if mean == "-" else f"x{mean}"
+
+
 def _plain(samples: np.ndarray, digits: int) -> str:
-    value = np.nanmean(samples)
+    value = measured_mean(samples)
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 

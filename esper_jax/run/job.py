@@ -424,8 +424,11 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
         idle = np.where(records.dead(arrays), idle + 1, 0)
     why = None
     events = job.out / "tensorboard" if job.card.get("tensorboard") and devices.first() else None
-    writer = scalars.Writer(events, job.cfg.policy_seeds, start)
+    written = start if events is None or events.exists() else 0  # a run may be asked for them when it goes on
+    writer = scalars.Writer(events, job.cfg.policy_seeds, written)
     with _Store(job) as store, writer, job.console.bar("round", rounds, start) as advance:
+        for number in range(written, start):
+            writer.write(number + 1, log.arrays(number), metric)
         for number in range(start, rounds):
             stop.patient = bool(every)
             if (back := idle == RETURN_AFTER).any():

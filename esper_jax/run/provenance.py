@@ -97,6 +97,8 @@ def read_card(folder: Path) -> dict[str, Any]:
 def read_finished(folder: Path) -> dict[str, Any]:
     """The run card of a run that is complete. Raises ValueError for another."""
     card = read_card(folder)
+    if card.get("rebuilt"):
+        raise ValueError(f"{folder / 'run.json'}: is missing or damaged: put it back, or go on with --resume")
     if card["status"] != "complete":
         raise ValueError(f"{folder}: its status is {card['status']!r}: must be complete (go on with --resume)")
     return card

@@ -62,7 +62,8 @@ class Writer:
         return self
 
     def write(self, number: int, arrays: dict[str, np.ndarray], metric: Metric) -> None:
-        for writer, numbers in zip(self.writers, of_round(arrays, metric), strict=False):
+        by_policy = of_round(arrays, metric) if self.writers else []
+        for writer, numbers in zip(self.writers, by_policy, strict=True):
             for tag, value in numbers.items():
                 writer.add_scalar(tag, value, number)
             writer.flush()

@@ -12,7 +12,7 @@ import tiny_run
 from esper_jax.evidence import tables
 from esper_jax.evidence.statistics import Interval, crossed_interval, mean_interval
 from esper_jax.metric import ACCURACY, bits_per_character
-from esper_jax.run import files, provenance, records
+from esper_jax.run import checkpoint, files, provenance, records
 from experiments import compare
 
 
@@ -71,6 +71,19 @@ def other_arms(folder):
     records.write_arrays(folder / "metrics.npz", arrays)
 
 
+def lose_card(folder):
+    """Of a run with checkpoints, which know what it was."""
+    path = folder / "run.json"
+    about = json.loads(path.read_text()) | {"status": "running"}
+    checkpoint.save(folder / "checkpoints", 1, {"x": np.zeros(1)}, {}, about=about)
+    path.unlink()
+
+
+def lose_arms(folder):
+    arrays = records.read_arrays(folder / "metrics.npz")
+    records.write_arrays(folder / "metrics.npz", arrays | {"arms/names": arrays["arms/names"][1:]})
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -79,6 +92,9 @@ def other_arms(folder):
         (lambda f: (f / "metrics.npz").write_bytes(b"x"), "metrics.npz: is damaged"),
         (lambda f: records.write_arrays(f / "metrics.npz", {"x": np.zeros(2)}), "metrics.npz: must be the arrays of a"),
         (lambda f: (f / "run.json").unlink(), "must be the folder of a run"),
+        (lose_card, "run.json: is missing or damaged: put it back"),
+        (lose_arms, "metrics.npz: must be the arrays of a run: boolean index did not match"),
+        (lambda f: records.write_arrays(f / "metrics.npz", {"x": np.zeros(2)}), "arrays of a run: no 'metric/"),
     ],
 )
 def test_what_is_no_run_is_refused(runs, capsys, spoil, said):
@@ -112,6 +128,26 @@ def test_runs_that_differ_by_more_than_their_seed_are_not_pooled(runs, capsys, s
     assert "Student's t over 2 runs of preset" in out and "one run of preset smoke" in out
     if field == "rounds":
         assert "A: rounds = 2\n" in out and "B: rounds = 3\n" in out
+
+
+def test_what_was_not_measured_is_a_dash(runs, capsys):
+    """Sizes and seeds kept of the rule `eager` in no environment of any run, and of `random` in some."""
+    for folder in runs:
+        arrays = records.read_arrays(folder / "metrics.npz")
+        eager, random = (arrays["arms/names"] == name for name in ("eager", "random"))
+        arrays["arms/fossilised"] = arrays["arms/fossilised"].astype(float)
+        size, kept = arrays["arms/committed_size"], arrays["arms/fossilised"]
+        size[eager], kept[eager] = np.nan, np.nan
+        size[random], kept[random] = 1.25, 2
+        size[random, 0], kept[random, 0] = np.nan, np.nan
+        records.write_arrays(folder / "metrics.npz", arrays)
+    cells = {row[0]: row for row in tables.table(arrays)}
+    assert cells["eager"][-2:] == ["-", "-"] and cells["random"][-2:] == ["x1.25", "2.0"]
+    assert compare.main(list(map(str, runs))) == 0
+    sizes = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "x1.25" in sizes["random"] and "nan" not in sizes["eager"]
+    _, rows = compare.rows([compare.read(folder) for folder in runs])
+    assert {row[0]: row[2] for row in rows}["eager"] == "-"
 
 
 def test_one_run_has_its_own_interval(runs):

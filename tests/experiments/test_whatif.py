@@ -4,6 +4,7 @@ import csv
 import doctest
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import finished_run
@@ -18,10 +19,11 @@ from esper_jax.control.baselines import parse_script
 from esper_jax.enums import HEADS, Op
 from esper_jax.run import files, records
 from esper_jax.run.console import Console
+from esper_jax.run.folder import LOCK, locked
 from esper_jax.train import episodes, round_key
 from esper_jax.types import Masks
 from experiments import finished, whatif
-from experiments.whatif import NO_ORDER, Moment
+from experiments.whatif import NO_ORDER, Judgement, Moment
 
 CFG = tiny_run.CONFIG
 E, P, T = CFG.n_envs, CFG.policy_seeds, CFG.training.epochs
@@ -102,6 +104,30 @@ def test_true_advantages_are_differences_of_returns(folder):
     assert np.array_equal(found.returns[0], found.returns[1]) and len(set(found.own)) == 2
     (alone,) = whatif.judge(run, number, [moment], [action[None]], [luck])
     assert alone.critic == pytest.approx([expected], abs=1e-5) and np.isnan(alone.agreement)
+
+
+def judgement(expected, returns):
+    actions = np.zeros((len(returns), len(HEADS)), np.int32)
+    return Judgement(Moment(0, 0, 1), actions, np.array(returns), np.zeros(2), np.array(expected), 0.0)
+
+
+def test_a_critic_is_not_praised_for_the_noise_that_it_shares_with_the_truth():
+    """Of four actions with two lucks. What a critic saw by luck 0 correlates with what came by luck 1:
+    1 - 6 x (1 + 1 + 1 + 1) / (4 x 15) = 0.6, and it is all that it knew. A critic without luck is right by luck 0 and
+    0.6 by luck 1: 0.8."""
+    returns = np.array([[1.0, 2], [2, 1], [3, 4], [4, 3]])
+    found = judgement(returns, returns)
+    assert found.correlation == pytest.approx(0.6) == found.agreement
+    assert judgement(returns[:, [0, 0]], returns).correlation == pytest.approx(0.8)
+    assert found.critic.tolist() == [1.5, 1.5, 3.5, 3.5]
+
+
+def test_no_correlation_is_beyond_one():
+    """Correlations of 1, 1 and 0.6: mean 0.867, deviation 0.231, t(2) = 4.303: 0.867 -+ 0.574."""
+    alike, noisy = np.array([[1.0, 1], [2, 2], [3, 3], [4, 4]]), np.array([[1.0, 2], [2, 1], [3, 4], [4, 3]])
+    table, _ = whatif.summary([judgement(each, each) for each in (alike, alike, noisy)], 2)
+    for line in table.splitlines()[-2:]:
+        assert line.split()[-4:] == ["+0.87", "[+0.29,", "+1.00]", "3"]
 
 
 def test_the_learners_rewards_by_hand():
@@ -248,6 +274,33 @@ def test_only_a_finished_run_is_asked(folder, tmp_path, capsys):
     assert whatif.main([str(tmp_path), *MOMENT]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "must be the folder of a run" in first and "its status is 'running': must be complete" in second
+
+
+def nothing_may_be_played(*args, **kwargs):
+    raise AssertionError("an episode was played")
+
+
+def test_files_that_cannot_be_written_are_found_out_first(folder, tmp_path, monkeypatch, capsys):
+    """A folder has the place of the lock, as in a folder that is read-only, or of a file; another process is at work in
+    the run."""
+    monkeypatch.setattr(whatif, "play", nothing_may_be_played)
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / LOCK).mkdir()
+    assert whatif.main([str(run), *MOMENT]) == 2
+    (run / LOCK).rmdir()
+    (run / "whatif-2-0-1-0.png").mkdir(exist_ok=True)
+    assert whatif.main([str(run), *MOMENT]) == 2
+    (run / "whatif-2-moments.csv").unlink(missing_ok=True)
+    (run / "whatif-2-moments.csv").mkdir()
+    assert whatif.main([str(run), "--moments", "2"]) == 2
+    with locked(run):
+        assert whatif.main([str(run), *MOMENT]) == 2
+    said = capsys.readouterr().err.splitlines()
+    what = ("must be a folder that can be written to", "-2-0-1-0.png: is a folder", "-2-moments.csv: is a folder")
+    for line, words in zip(said, [*what, "is at work in this run"], strict=True):
+        assert line.startswith("error: ") and words in line
+    assert not (run / LOCK).exists()
 
 
 def test_a_moment_without_a_choice_is_one_line(folder, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """TensorBoard's event files hold the numbers of a run's rounds, and nothing that was not measured."""
 
+import io
 import sys
 
 import numpy as np
@@ -8,7 +9,9 @@ import tiny_run
 from tensorboardX.proto import event_pb2
 
 from esper_jax.metric import ACCURACY
-from esper_jax.run import scalars
+from esper_jax.run import job as jobs
+from esper_jax.run import records, scalars
+from esper_jax.run.console import Console
 
 
 def events(folder):
@@ -49,12 +52,38 @@ def test_a_run_that_goes_on_replaces_what_it_does_again(tmp_path):
     assert len(events(tmp_path / "policy_0")) > len(first) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_run_that_is_asked_when_it_goes_on_gives_all_its_rounds(tmp_path):
+    """Round 1 was done without event files; a second time, they know it already."""
+    rounds, states = tiny_run.result().rounds, tiny_run.result().states
+    log = records.RoundLog(tmp_path / "checkpoints" / "rounds")
+    log.write(0, rounds[0])
+    card = {"checkpoint_every": 0, "tensorboard": True}
+    job = jobs.Job(
+        None, tiny_run.CONFIG, tmp_path, Console(file=io.StringIO()), tiny_run.result().train, tiny_run.KEY(),
+        states[1], {}, card,
+    )  # fmt: skip
+    jobs.learn(job)
+    place = tmp_path / "tensorboard" / "policy_1"
+    found = events(place)
+    for step, arrays in enumerate(rounds, 1):
+        numbers = {tag: value for s, tag, value in found if s == step}
+        assert numbers == pytest.approx(scalars.of_round(arrays, ACCURACY)[1], rel=1e-6)
+    jobs.learn(job)
+    again = events(place)
+    assert sorted(step for step, *_ in again) == sorted([s for s, *_ in found] + [s for s, *_ in found if s == 2])
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"--tensorboard: needs the extra: pip install 'esper_jax\[tensorboard\]'"):
         scalars.check()
 
 
-def test_nothing_is_written_where_it_is_not_asked_for(tmp_path):
+def test_nothing_is_computed_where_it_is_not_asked_for():
     with scalars.Writer(None, 2) as writer:
+        writer.write(1, {}, ACCURACY)
+
+
+def test_a_writer_of_other_policies_is_an_error(tmp_path):
+    with scalars.Writer(tmp_path, 3) as writer, pytest.raises(ValueError, match="zip"):
         writer.write(1, tiny_run.result().rounds[0], ACCURACY)
