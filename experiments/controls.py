@@ -11,6 +11,7 @@ alone. It writes controls.npz, controls.json and controls.txt into the run's fol
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,10 +177,6 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
     }  # fmt: skip
     facts["oracle"]["seconds"] = round(console.durations["oracle"], 1)
     facts["static_wide"] = {"size": times, "policy_size": size}
-    asked = arms["fixed"].rollout.info.requested_op[..., 1:] != Op.WAIT
-    facts["fixed"] = {
-        "refused": float(1 - arms["fixed"].rollout.info.success[..., 1:][asked].mean()) if asked.any() else 0.0
-    }
     facts["source"] = provenance.source()
     return arrays, facts
 
@@ -203,11 +200,29 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         f"The tuned rule: {facts['periodic_tuned']['schedule']} (of {facts['periodic_tuned']['plans']}).",
         f"The best schedule found: {facts['oracle']['schedule']} (of {facts['oracle']['plans']}, in "
         f"{facts['oracle']['episodes']:,} episodes and {facts['oracle']['seconds']:.0f} s).",
-        f"Of what the usual schedules ask for, {100 * facts['fixed']['refused']:.1f} % was refused by a gate.",
+        f"Of what the usual schedules ask for {refused(arrays, 'fixed')} was refused, of what the policies' likeliest "
+        f"actions ask for {refused(arrays, GREEDY)}.",
         f"The wider host has x{facts['static_wide']['size']:.2f} the parameters, what the policies kept "
         f"x{facts['static_wide']['policy_size']:.2f}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def refused(arrays: dict[str, np.ndarray], arm: str) -> str:
+    """The share of an arm's requests, but for waiting, that were not legal or failed at a gate."""
+    mine = arrays["arms/names"] == arm
+    asked = arrays["arms/requested_op"][mine][..., 1:] != Op.WAIT
+    failed = ~arrays["arms/success"][mine][..., 1:][asked]
+    return f"{100 * failed.mean():.0f} %" if failed.size else "nothing, for nothing was asked for,"
+
+
+def elsewhere(line: str) -> str:
+    """A run's command for other machines: without where its files went, and with a name for where its data were."""
+    words, kept = shlex.split(line), []
+    for word, before in zip(words, ["", *words], strict=False):
+        if "--out" not in (word, before):
+            kept.append("DIR" if before == "--data-dir" else shlex.quote(word))
+    return " ".join(kept)
 
 
 def made_by(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str, Any]) -> str:
@@ -218,7 +233,7 @@ def made_by(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
     return (
         f"{policies} policies x {envs} environments with the same keys; {card['data']['name']} "
         f"({card['data']['identity'][:16]}), {device['precision']}, {device['kind']} x{device['used']}, jax "
-        f"{versions['jax']}; in {took:,.0f} s by\n  {card['command']}\n  {PROGRAM} RUN"
+        f"{versions['jax']}; in {took:,.0f} s by\n  {elsewhere(card['command'])}\n  {PROGRAM} RUN"
         + (
             ""
             if facts["as_recorded"]
