@@ -11,7 +11,6 @@ alone. It writes controls.npz, controls.json and controls.txt into the run's fol
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ from esper_jax.run.console import Console, round_note
 from esper_jax.run.folder import locked
 from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
 from experiments import schedules
-from experiments.finished import Finished, open_run, prepare
+from experiments.finished import Finished, made_by, open_run, prepare
 
 PROGRAM = "python -m experiments.controls"
 
@@ -186,7 +185,14 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
     columns, rows, notes, _ = publish.result(arrays, card)
     lines = [
         f"{publish.title(card)}: controls",
-        made_by(arrays, facts, card),
+        made_by(
+            card, (arrays["arms/names"] == POLICY).sum(), card["seconds"]["total"] + facts["seconds"], f"{PROGRAM} RUN"
+        ),
+        *(
+            []
+            if facts["as_recorded"]
+            else ["THE RUN'S OWN ARMS CAME OUT OTHERWISE THAN RECORDED: these are other episodes"]
+        ),
         "",
         tables.text_table(columns, rows),
         *notes,
@@ -214,32 +220,6 @@ def refused(arrays: dict[str, np.ndarray], arm: str) -> str:
     asked = arrays["arms/requested_op"][mine][..., 1:] != Op.WAIT
     failed = ~arrays["arms/success"][mine][..., 1:][asked]
     return f"{100 * failed.mean():.0f} %" if failed.size else "nothing, for nothing was asked for,"
-
-
-def elsewhere(line: str) -> str:
-    """A run's command for other machines: without where its files went, and with a name for where its data were."""
-    words, kept = shlex.split(line), []
-    for word, before in zip(words, ["", *words], strict=False):
-        if "--out" not in (word, before):
-            kept.append("DIR" if before == "--data-dir" else shlex.quote(word))
-    return " ".join(kept)
-
-
-def made_by(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str, Any]) -> str:
-    """How somebody else gets these numbers."""
-    policies, envs = (arrays["arms/names"] == POLICY).sum(), arrays["arms/test_loss"].shape[1]
-    device, versions = card["device"], card["versions"]
-    took = card["seconds"]["total"] + facts["seconds"]
-    return (
-        f"{policies} policies x {envs} environments with the same keys; {card['data']['name']} "
-        f"({card['data']['identity'][:16]}), {device['precision']}, {device['kind']} x{device['used']}, jax "
-        f"{versions['jax']}; in {took:,.0f} s by\n  {elsewhere(card['command'])}\n  {PROGRAM} RUN"
-        + (
-            ""
-            if facts["as_recorded"]
-            else "\nTHE RUN'S OWN ARMS CAME OUT OTHERWISE THAN RECORDED: these are other episodes"
-        )
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

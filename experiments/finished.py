@@ -6,6 +6,7 @@ A run is a function of its configuration, data and keys, so what no checkpoint h
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,3 +122,30 @@ def check_no_return(folder: Path, first: int, last: int) -> None:
         if idle[number - RETURN_AFTER : number].all(0).any():
             what = f"a policy returned to an earlier state of itself before round {number}"
             raise ValueError(f"{folder}: {what}, which cannot be played again")
+
+
+def made_by(card: dict[str, Any], policies: int, seconds: float, then: str = "") -> str:
+    """How somebody else gets the numbers of a run, and of a command that came after it.
+
+    Args:
+      policies: that are compared in each environment.
+      seconds: that it took.
+    """
+    cfg, device, found = card["config"], card["device"], card["data"]
+    lines = [
+        f"{policies} policies x {cfg['report_envs']} environments with the same keys; {found['name']} "
+        f"({found['identity'][:16]}), {device['precision']}, {device['kind']} x{device['used']}, jax "
+        f"{card['versions']['jax']}; in {seconds:,.0f} s by",
+        elsewhere(card["command"]),
+        *filter(None, [then]),
+    ]
+    return "\n  ".join(lines)
+
+
+def elsewhere(line: str) -> str:
+    """A run's command for other machines: without where its files went, and with a name for where its data were."""
+    words, kept = shlex.split(line), []
+    for word, before in zip(words, ["", *words], strict=False):
+        if "--out" not in (word, before):
+            kept.append("DIR" if before == "--data-dir" else shlex.quote(word))
+    return " ".join(kept)

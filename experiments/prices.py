@@ -29,7 +29,7 @@ from esper_jax.evidence.canvas import png
 from esper_jax.run import command, compilation, devices, estimate, files, folder, options, provenance, records
 from esper_jax.run.console import Console, round_note
 from esper_jax.train import Comparison, Hypers
-from experiments.finished import prepare
+from experiments.finished import made_by, prepare
 
 PROGRAM = "python -m experiments.prices"
 
@@ -93,15 +93,16 @@ def sweep(chosen: Options, out: Path, console: Console) -> None:
         arms = train.compare(key, run, [*rules, POLICY])
     work = estimate.work(cfg, dataset)
     arrays = records.arm_arrays(by_price(arms, prices), cfg.lifecycle.catalog, dataset.metric(dataset.test), *work)
-    card = provenance.run_card(cfg, dataset)
+    card = {"command": command_line(chosen), "prices": prices, **provenance.run_card(cfg, dataset)}
     del card["config"]["reward"]["price"]  # which no policy paid
     records.write_arrays(out / "prices.npz", arrays)
-    files.write_json(out / "prices.json", {"command": command_line(chosen), "prices": prices, **card})
+    files.write_json(out / "prices.json", card)
     columns, rows = tables.columns(arrays), tables.table(arrays)
     head = (
         f"Prices of parameters: {chosen.preset} on {dataset.name}, seed {cfg.seed}, {chosen.policies} policies a price"
     )
-    text = "\n".join([head, "", tables.text_table(columns, rows), *tables.notes(arrays), ""])
+    made = made_by(card, cfg.policy_seeds, console.elapsed())
+    text = "\n".join([head, made, "", tables.text_table(columns, rows), *tables.notes(arrays), ""])
     files.write_text(out / "prices.txt", text)
     png(out / "prices.png", figures.frontier(arrays, dataset.name), head, columns=2)
     console.table(columns, rows)

@@ -79,11 +79,6 @@ def test_the_most_frequent_schedule():
     assert np.array_equal(schedules.most_frequent(np.stack([a, b, c])), b)
 
 
-def test_the_command_of_a_run_for_other_machines():
-    line = "python -m experiments.cifar --out '/a b/c' --data cifar10 --data-dir /somewhere --seed 3"
-    assert controls.elsewhere(line) == "python -m experiments.cifar --data cifar10 --data-dir DIR --seed 3"
-
-
 def test_what_was_refused():
     """Of three requests in two episodes one failed; births and waiting are not requests."""
     ops, grow = np.zeros((2, 1, 4), int), int(Op.GERMINATE)

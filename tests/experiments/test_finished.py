@@ -80,3 +80,8 @@ def test_checkpoints_of_another_version_are_one_line(folder):
     (place / checkpoint.FINGERPRINT).write_text("x")
     with pytest.raises(checkpoint.DamageError, match="cannot be read"):
         opened(folder)
+
+
+def test_the_command_of_a_run_for_other_machines():
+    line = "python -m experiments.cifar --out '/a b/c' --data cifar10 --data-dir /somewhere --seed 3"
+    assert finished.elsewhere(line) == "python -m experiments.cifar --data cifar10 --data-dir DIR --seed 3"
