@@ -24,7 +24,7 @@ from esper_jax import Config
 from esper_jax.config import TextConfig
 from esper_jax.enums import BASELINE, GREEDY, HEADS, MATCHED, PLANNED, POLICY, Op
 from esper_jax.evidence import tables
-from esper_jax.evidence.controls import EAGER
+from esper_jax.evidence.controls import EAGER, ORACLE, STATIC, WIDE
 from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
 from esper_jax.run import command, compilation, estimate, files, options, provenance, publish, records
@@ -32,7 +32,7 @@ from esper_jax.run.console import Console, round_note
 from esper_jax.run.folder import locked
 from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
 from experiments import schedules
-from experiments.finished import Finished, made_by, open_run, prepare
+from experiments.finished import Finished, check_free, made_by, open_run, prepare
 
 PROGRAM = "python -m experiments.controls"
 
@@ -152,7 +152,7 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
     with console.step("periodic", "kinds and periods, in environments of training"):
         periodic = schedules.tuned_periodic(of)
     with console.step("oracle", "schedules, in environments of training"):
-        best = schedules.oracle(of)
+        best = schedules.oracle(of, console.say)
     with console.step("controls", "on the keys of the report"):
         wanted = {EAGER + catalog[kind]: planned(of, schedules.everywhere(cfg, kind)) for kind in schedules.kinds(cfg)}
         wanted |= {"periodic_tuned": planned(of, periodic.plan), "oracle": planned(of, best.plan)}
@@ -206,10 +206,13 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         f"The tuned rule: {facts['periodic_tuned']['schedule']} (of {facts['periodic_tuned']['plans']}).",
         f"The best schedule found: {facts['oracle']['schedule']} (of {facts['oracle']['plans']}, in "
         f"{facts['oracle']['episodes']:,} episodes and {facts['oracle']['seconds']:.0f} s).",
-        f"Of what the usual schedules ask for {refused(arrays, 'fixed')} was refused, of what the policies' likeliest "
-        f"actions ask for {refused(arrays, GREEDY)}.",
-        f"The wider host has x{facts['static_wide']['size']:.2f} the parameters, what the policies kept "
-        f"x{facts['static_wide']['policy_size']:.2f}.",
+        f"Of the requests of the usual schedules {refused(arrays, 'fixed')} were refused, of those of the policies' "
+        f"likeliest actions {refused(arrays, GREEDY)}.",
+        *(
+            f"{arm}: x{point.size:.2f} the parameters, x{point.flops:.2f} the work of training."
+            for arm, point in tables.frontier(arrays).items()
+            if arm in (POLICY, STATIC, WIDE, ORACLE)
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -219,7 +222,7 @@ def refused(arrays: dict[str, np.ndarray], arm: str) -> str:
     mine = arrays["arms/names"] == arm
     asked = arrays["arms/requested_op"][mine][..., 1:] != Op.WAIT
     failed = ~arrays["arms/success"][mine][..., 1:][asked]
-    return f"{100 * failed.mean():.0f} %" if failed.size else "nothing, for nothing was asked for,"
+    return f"{100 * failed.mean():.0f} %" if failed.size else "nothing (there were no requests)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
         of = open_run(folder, console, *places)
         with locked(folder):
+            check_free(*(folder / name for name in ("controls.npz", "controls.json", "controls.txt", "report.html")))
             metrics = records.read_arrays(folder / "metrics.npz")
             with console.step("compile", "or found from the run itself"):
                 of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))

@@ -8,6 +8,7 @@ episodes; the report-test split is never looked at. Axis letters: N plans, E env
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def tuned_periodic(of: Finished) -> Found:
     return Found(plans[found.argmax()], float(found.max()), len(plans), len(plans) * of.cfg.n_envs)
 
 
-def oracle(of: Finished) -> Found:
+def oracle(of: Finished, say: Callable[[str], None] = lambda line: None) -> Found:
     """The best plan: exhaustive for one seed, successive halving (Jamieson and Talwalkar, 2016) for up to three.
 
     Every slot x kind x start x tempo is played alone. The best of each slot, and an empty one, are combined, and the
@@ -72,6 +73,7 @@ def oracle(of: Finished) -> Found:
     single = [(k, start, tempo) for k in kinds(cfg) for start in starts for tempo in range(len(TEMPO_EPOCHS))]
     plans = np.zeros((slots, len(single), slots, 3), int)
     plans[range(slots), :, range(slots)] = single
+    say(f"  {slots * len(single)} plans of one seed x {SINGLE_ENVS} environments")
     alone = worth(of, plans.reshape(-1, slots, 3), range(SINGLE_ENVS)).mean(1).reshape(slots, len(single))
     tried, played = alone.size, alone.size * SINGLE_ENVS
 
@@ -84,6 +86,7 @@ def oracle(of: Finished) -> Found:
     tried += len(candidates)
     while True:
         fresh = range(values.shape[1], envs)
+        say(f"  {len(candidates)} plans of up to {len(together)} seeds x {len(fresh)} more environments")
         values = np.concatenate([values, worth(of, candidates, fresh)], axis=1)
         played += len(candidates) * len(fresh)
         order = np.argsort(-values.mean(1), kind="stable")

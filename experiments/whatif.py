@@ -52,7 +52,7 @@ from esper_jax.run import command, compilation, folder, options, provenance, rec
 from esper_jax.run.console import Console
 from esper_jax.train import Rollout, episodes, round_key
 from esper_jax.types import Action, Masks
-from experiments.finished import Finished, open_run, prepare, state_at
+from experiments.finished import Finished, check_free, open_run, prepare, state_at
 
 PROGRAM = "python -m experiments.whatif"
 MOST_ACTIONS = 12  # of each of many moments
@@ -316,13 +316,6 @@ def sentence(found: Judgement, taken: int, gain: Interval | None, lucks: int, cf
     return "; ".join(parts) + "."
 
 
-def check_free(path: Path) -> None:
-    """Raises ValueError where a folder is in the place of a file to write, of which the path has no suffix."""
-    for file in (Path(f"{path}.csv"), Path(f"{path}.png")):
-        if file.is_dir():
-            raise ValueError(f"{file}: is a folder, and must be a file or free; move it away")
-
-
 def one_moment(opened: Finished, console: Console, round_number: int, moment: Moment, lucks: int, path: Path) -> None:
     """All legal actions at a moment: a table, a sentence, a picture.
 
@@ -563,7 +556,8 @@ def answer(chosen: Options, console: Console) -> None:
     check_moment(cfg, given)
     moment = None if chosen.moments is not None else Moment(**given)
     name = "moments" if moment is None else f"{moment.env}-{moment.epoch}-{moment.policy}"
-    check_free(path := opened.folder / f"whatif-{round_number}-{name}")
+    path = opened.folder / f"whatif-{round_number}-{name}"
+    check_free(Path(f"{path}.csv"), Path(f"{path}.png"))
     if round_number < cfg.rounds:
         opened = state_at(opened, round_number, console)
     with console.step("compile", "what plays episodes"):  # no rounds: none are learned from

@@ -11,6 +11,7 @@ class Control(NamedTuple):
     """The question that a policy's difference to an arm answers, and the answer if the policy is ahead or behind."""
 
     question: str
+    what: str  # the arm is
     ahead: str = ""
     behind: str = ""
     subject: str = POLICY  # what is compared with it
@@ -18,32 +19,61 @@ class Control(NamedTuple):
     replayed: bool = False  # row p is made of policy p's own episodes
 
 
-TUNED, ORACLE, RANDOM, WIDE = "periodic_tuned", "oracle", "random", "static_wide"
+TUNED, ORACLE, RANDOM, STATIC, WIDE = "periodic_tuned", "oracle", "random", "static_final", "static_wide"
 EAGER = "eager_"  # and the kind of seed that is grown everywhere
 CONTROLS = {
-    "static_final": Control(
+    STATIC: Control(
         "Does growing matter, or only the final shape?",
+        "what each of the policy's episodes kept, there from the first epoch on",
         "growing matters",
         "the final shape from the start is better",
         replayed=True,
     ),
-    WIDE: Control("Is it only the number of parameters?", "it is more than their number", "a wider host is better"),
+    WIDE: Control(
+        "Is it only the number of parameters?",
+        "a bare host that is wider, nearest in size to what the policy kept",
+        "it is more than their number",
+        "a wider host is better",
+    ),
     "blind": Control(
         "Does it need to look, beyond what is legal and what time it is?",
+        "policies trained in the same way that see the time, and what is legal, alone",
         "looking pays",
         "it is better without looking",
     ),
     # the usual schedule is one of likeliest actions, so it is those that it is compared with
     "fixed": Control(
-        "Does it adapt?", "it adapts, and that pays", "its usual schedule is better", subject=GREEDY, replayed=True
+        "Does it adapt?",
+        "each policy's most frequent schedule of likeliest actions, replayed without it",
+        "it adapts, and that pays",
+        "its usual schedule is better",
+        subject=GREEDY,
+        replayed=True,
     ),
     "random_matched": Control(
-        "Is it more than doing as much at random?", "it is", "doing as much at random is better", replayed=True
+        "Is it more than doing as much at random?",
+        "as many of each operation as the policy asked for, at random",
+        "it is",
+        "doing as much at random is better",
+        replayed=True,
     ),
-    TUNED: Control("Does it beat a tuned rule?", "it does", "the tuned rule is better", rule=True),
-    ORACLE: Control("How much is left to gain?"),  # the yardstick of what is possible, and so no rule to be beaten
+    TUNED: Control(
+        "Does it beat a tuned rule?",
+        "one module in every slot, one after the other; module and period chosen by return, which prices parameters",
+        "it does",
+        "the tuned rule is better",
+        rule=True,
+    ),
+    ORACLE: Control(
+        "How much is left to gain?", "the best schedule that a search found, by return, on keys of training"
+    ),  # the yardstick of what is possible, and so no rule to be beaten
 }
-BEST_EAGER = Control("Does it beat growing the best module at once?", "it does", "growing it at once is better")
+BEST_EAGER = Control(
+    "Does it beat growing the best module at once?",
+    "one module everywhere, at once; of all the best on report-test, which favours the rule",
+    "it does",
+    "growing it at once is better",
+)
 
 
 def is_rule(arm: str) -> bool:

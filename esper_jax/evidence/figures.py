@@ -35,6 +35,7 @@ from esper_jax.evidence.canvas import (
     policy_style,
     whole_numbers,
 )
+from esper_jax.evidence.controls import ORACLE, STATIC, WIDE, is_control
 from esper_jax.evidence.lives import decisions, grown, seeds
 from esper_jax.evidence.report import Drawn
 from esper_jax.evidence.statistics import crossed_interval, rank_correlation
@@ -77,7 +78,7 @@ def curves(metrics: Arrays, data: str) -> list[Panel]:
     """Validation by epoch, and its paired difference to the baseline."""
     metric = metric_of(metrics)
     found = {arm: samples.mean(0) for arm, samples in values(metrics, "val").items()}  # [E, T]
-    names = list(found)
+    names = labelled(list(found))
     envs, epochs = found[BASELINE].shape
     x = np.arange(1, epochs + 1)
 
@@ -111,6 +112,11 @@ def curves(metrics: Arrays, data: str) -> list[Panel]:
             height_for(len(names)),
         ),
     ]
+
+
+def labelled(names: Sequence[str]) -> list[str]:
+    """The arms that have a name in a picture: of many, those of the run and the yardsticks among the controls."""
+    return [name for name in names if len(names) <= 10 or not is_control(name) or name in (ORACLE, STATIC, WIDE)]
 
 
 def learning(metrics: Arrays, data: str) -> list[Panel]:
@@ -227,15 +233,17 @@ def frontier(metrics: Arrays, data: str) -> list[Panel]:
         axes.set_xlabel(f"{label}, relative to {BASELINE}")
         axes.set_ylabel(f"gain ({gain_of(metric)})")
         plain_axes(axes)
-        ends = {name: (cost[name], float(point.gain.mean)) for name, point in points.items()}
-        label_right(axes, ends, {name: arm_style(names, name)["color"] for name in names}, height_for(len(names)))
+        ends = {name: (cost[name], float(points[name].gain.mean)) for name in labelled(names)}
+        label_right(axes, ends, {name: arm_style(names, name)["color"] for name in ends}, height_for(len(ends)))
 
     return [
         Panel(
             partial(draw, label=label, cost=cost),
             f"Gain over {BASELINE} on {data} with its 95 % interval against {label} (mean; the axis counts factors, so "
-            "equal steps are equal ratios). Up and to the left is better: more gained with less.",
-            height_for(len(names)),
+            "equal steps are equal ratios). Up and to the left is better: more gained with less."
+            + " What has no name is another control."
+            * (len(labelled(names)) < len(names)),
+            height_for(len(labelled(names))),
         )
         for label, cost in costs.items()
         if not np.isnan(list(cost.values())).all()
@@ -302,7 +310,10 @@ def audit(metrics: Arrays, data: str) -> list[Panel]:
     """Return against gain, a dot for each episode of the comparison."""
     if "arms/reward" not in metrics:
         return []
-    metric, (earned, gain), arms = metric_of(metrics), returns_and_gains(metrics), metrics["arms/names"]
+    # a control may be another host, whose return is that of no growth, so they do not tell what the reward pays for
+    own = np.array([not is_control(str(name)) for name in metrics["arms/names"]])
+    metric, arms = metric_of(metrics), metrics["arms/names"][own]
+    earned, gain = (samples[own] for samples in returns_and_gains(metrics))
     correlation = rank_correlation(earned.ravel(), gain.ravel())
     names = [str(name) for name in dict.fromkeys(arms)]
     step = max(1, -(-earned.size // MOST_DOTS))
@@ -324,8 +335,9 @@ def audit(metrics: Arrays, data: str) -> list[Panel]:
 
     said = "cannot be told (all are alike)" if np.isnan(correlation) else f"is {correlation:.2f}"
     caption = (
-        f"Return of each episode of the comparison on {data} against what it gained. Spearman's rank correlation of "
-        f"the two over all {earned.size} episodes {said}: 1 would mean that the reward orders them as the gain does."
+        f"Return of each episode of the run's own comparison on {data} against what it gained. Spearman's rank "
+        f"correlation of the two over all {earned.size} episodes {said}: 1 would mean that the reward orders them as "
+        "the gain does."
     )
     return [Panel(draw, caption + _thinned(step), 3.8)]
 

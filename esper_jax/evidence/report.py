@@ -14,6 +14,7 @@ import numpy as np
 
 from esper_jax.enums import BASELINE, POLICY
 from esper_jax.evidence import growth, tables
+from esper_jax.evidence.controls import CONTROLS
 from esper_jax.evidence.growth import Fate
 from esper_jax.evidence.statistics import crossed_interval
 from esper_jax.evidence.tables import plus_minus
@@ -67,7 +68,7 @@ def page(
         html_table(tables.columns(metrics), tables.table(metrics)),
         html_note(tables.notes(metrics, card["data"].get("bigram_loss"))),
         _folded("The same without the weight of outliers", html_table(*tables.robust(metrics)) + html_note(_ROBUST)),
-        _folded("What the words mean", _glossary()),
+        _folded("What the words mean", _glossary(metrics["arms/names"])),
         _folded("Run card", f"<pre>{escaped(json.dumps(card, indent=2))}</pre>"),
     ]
     no_rounds = "Not measured: no policy was trained in this run."
@@ -205,7 +206,8 @@ def _shown(pictures: Pictures, name: str, missing: str) -> str:
     return html_panels(panels) if panels else _paragraph(missing or "Not measured.")
 
 
-def _glossary() -> str:
+def _glossary(arms: Iterable[str]) -> str:
+    """Of words, and of the controls that are there."""
     words = {
         "host, slot, seed": "the network that is trained; a place after one of its blocks; a small module that is put "
         "there (germinated), trained, blended in, and kept (fossilised) or pruned",
@@ -217,7 +219,7 @@ def _glossary() -> str:
         "training, after which the arm decides",
         "gain": f"what was kept at the end, measured on data that nothing else sees, against {BASELINE} in the same "
         "environment; more is better",
-    }
+    } | {arm: CONTROLS[arm].what for arm in dict.fromkeys(map(str, arms)) if arm in CONTROLS}
     return "<dl>" + "".join(f"<dt>{escaped(w)}</dt><dd>{escaped(what)}</dd>\n" for w, what in words.items()) + "</dl>\n"
 
 

@@ -71,7 +71,11 @@ def write_report(
     """report.html and, with `png`, the pictures that are files as well: of the run, and of the samples of text and the
     controls that are in its folder, if they are those of this run."""
     samples = (out / "samples.txt").read_text(encoding="utf-8") if (out / "samples.txt").exists() else ""
-    if controls := controls_of(out, metrics):
+    controls = controls_of(out, metrics)
+    if controls is None and (out / "controls.npz").exists():
+        line = f"  {out / 'controls.npz'} is of another run or damaged: the report is without controls; play them again"
+        console.say(line, style="bold red", always=True)
+    if controls:
         if png:  # which show the run alone
             pictures(out, console, card, metrics)
         png, metrics, card = False, controls[0], card | {"controls": controls[1]}
