@@ -306,7 +306,7 @@ def make_train(
             look = partial(normalizers.seen, statistics, is_time=is_time, sight=hypers.sight)
             learned = policy.make_controller(space, params, look, deterministic=number == greedy)
             told = baselines.planned(orders.plan, lifecycle=cfg.lifecycle), baselines.matched(orders.ops)
-            controller = choose([*rules.values(), learned, *told], number - (number >= greedy))
+            controller = choose([*rules.values(), learned, *told], number - (number >= greedy).astype(jnp.int32))
             init_key, step_key, act_key = jax.random.split(jax.random.fold_in(key, env_id), 3)
             act_key = jax.random.fold_in(act_key, learner)
             state = env.init(init_key, orders.shape)

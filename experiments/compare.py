@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         folders, file = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
         if len(folders) < 2:
             raise ValueError(f"{' '.join(map(str, folders)) or 'no folder'}: must be the folders of two runs or more")
+        if file is not None:
+            files.check_free(file)
         groups = grouped([read(folder) for folder in folders])
         for name, group in zip(names(groups), groups, strict=True):
             if len(groups) > 1:

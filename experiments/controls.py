@@ -32,7 +32,7 @@ from esper_jax.run.console import Console, round_note
 from esper_jax.run.folder import locked
 from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
 from experiments import schedules
-from experiments.finished import Finished, check_free, made_by, open_run, prepare
+from experiments.finished import Finished, made_by, open_run, prepare
 
 PROGRAM = "python -m experiments.controls"
 
@@ -247,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         folder, *places = options.cli(chosen, sys.argv[1:] if argv is None else argv, prog=PROGRAM)
         of = open_run(folder, console, *places)
         with locked(folder):
-            check_free(*(folder / name for name in ("controls.npz", "controls.json", "controls.txt", "report.html")))
+            files.check_free(
+                *(folder / name for name in ("controls.npz", "controls.json", "controls.txt", "report.html"))
+            )
             metrics = records.read_arrays(folder / "metrics.npz")
             with console.step("compile", "or found from the run itself"):
                 of = of._replace(train=compilation.compile_ahead(of.train, of.cfg, of.key))

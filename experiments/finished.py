@@ -124,13 +124,6 @@ def check_no_return(folder: Path, first: int, last: int) -> None:
             raise ValueError(f"{folder}: {what}, which cannot be played again")
 
 
-def check_free(*paths: Path) -> None:
-    """Raises ValueError where a folder is in the place of a file to write."""
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder, and must be a file or free; move it away")
-
-
 def made_by(card: dict[str, Any], policies: int, seconds: float, then: str = "") -> str:
     """How somebody else gets the numbers of a run, and of a command that came after it.
 

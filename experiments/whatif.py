@@ -48,11 +48,11 @@ from esper_jax.enums import (
 from esper_jax.env import observation
 from esper_jax.evidence.statistics import Interval, mean_interval, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import command, compilation, folder, options, provenance, records
+from esper_jax.run import command, compilation, files, folder, options, provenance, records
 from esper_jax.run.console import Console
 from esper_jax.train import Rollout, episodes, round_key
 from esper_jax.types import Action, Masks
-from experiments.finished import Finished, check_free, open_run, prepare, state_at
+from experiments.finished import Finished, open_run, prepare, state_at
 
 PROGRAM = "python -m experiments.whatif"
 MOST_ACTIONS = 12  # of each of many moments
@@ -557,7 +557,7 @@ def answer(chosen: Options, console: Console) -> None:
     moment = None if chosen.moments is not None else Moment(**given)
     name = "moments" if moment is None else f"{moment.env}-{moment.epoch}-{moment.policy}"
     path = opened.folder / f"whatif-{round_number}-{name}"
-    check_free(Path(f"{path}.csv"), Path(f"{path}.png"))
+    files.check_free(Path(f"{path}.csv"), Path(f"{path}.png"))
     if round_number < cfg.rounds:
         opened = state_at(opened, round_number, console)
     with console.step("compile", "what plays episodes"):  # no rounds: none are learned from

@@ -12,6 +12,7 @@ CFG = tiny_run.CONFIG
 
 def write(folder):
     """With its last checkpoint alone."""
+    folder.mkdir(exist_ok=True)
     result = tiny_run.result()
     rounds = {name: np.stack([arrays[name] for arrays in result.rounds]) for name in result.rounds[0]}
     records.write_arrays(folder / "metrics.npz", rounds | result.metrics)

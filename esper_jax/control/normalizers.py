@@ -58,4 +58,5 @@ def normalise(state: RunningStatistics, x: Array) -> Array:
 def seen(state: RunningStatistics, x: Array, is_time: Array, sight: Array | float) -> Array:
     """What a policy gets to see of features f32[..., D]: normalised, and multiplied by `sight` (f32[]) but for the time
     (`is_time`, bool[D])."""
-    return jnp.where(is_time, 1.0, sight) * normalise(state, x)
+    shown = jnp.where(is_time, 1.0, sight).reshape((1,) * (x.ndim - 1) + (-1,))
+    return shown * normalise(state, x)

@@ -197,7 +197,7 @@ def _map_first(fun: Callable[[Any, Array], Array], given: Any, xs: Array, count:
             return first[:, None], True
         rows = xs.reshape(size * most, *xs.shape[2:])
         number = jnp.arange(most)
-        order = jnp.argsort(~((number > 0) & (number < count[:, None])).ravel(), stable=True)
+        order = jnp.argsort(~((number > 0)[None] & (number[None] < count[:, None])).ravel(), stable=True)
         out = jnp.zeros((size, most, *first.shape[1:]), first.dtype).at[:, 0].set(first)
         body = lambda at: jax.vmap(fun)(jax.tree.map(lambda leaf: leaf[at // most], given), rows[at])
         out = seed_bank.in_blocks(body, out.reshape(size * most, *first.shape[1:]), order, 0, (count - 1).sum())
@@ -227,7 +227,7 @@ def _split(seed: SeedVars, control: Controls, live: Array, features: Array, coun
     def rule(size, batched, *operands):
         seed, control, live, features, count = seed_bank.spread(size, tuple(batched), operands)
         each = lambda leaf: jnp.repeat(leaf, most, axis=0)
-        wanted = each(live) & (jnp.arange(most) < count[:, None]).ravel()
+        wanted = each(live) & (jnp.arange(most)[None] < count[:, None]).ravel()
         control = jax.tree.map(each, control)
         control = control.replace(kind=jnp.where(wanted, control.kind, 0))
         rows = features.reshape(size * most, 1, *features.shape[2:])

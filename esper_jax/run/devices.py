@@ -306,5 +306,6 @@ def alone(mesh: Mesh) -> SingleDeviceSharding:
 
 
 def on_one(tree: Any) -> Any:
-    """A tree that is on every device, on the first one of this process alone."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    """A tree that is on every device, on the first one of this process alone; what is only traced lies nowhere."""
+    here = lambda leaf: leaf if isinstance(leaf, jax.core.Tracer) else leaf.addressable_data(0)
+    return jax.tree.map(here, tree)

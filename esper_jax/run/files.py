@@ -67,3 +67,10 @@ def sha256s(folder: Path) -> dict[str, str]:
     """Of each file in a folder and below it, by its path there; of none if the folder does not exist."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+
+
+def check_free(*paths: Path) -> None:
+    """Raises ValueError where a folder is in the place of a file to write."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, and must be a file or free; move it away")

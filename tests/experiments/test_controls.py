@@ -169,6 +169,17 @@ def test_a_report_that_is_made_again_keeps_the_controls_of_the_same_run(folder, 
     assert publish.controls_of(tmp_path, metrics | {"arms/test_loss": metrics["arms/test_loss"] + 1}) is None
 
 
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_played(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise AssertionError("played")
+
+    monkeypatch.setattr(controls, "controls", fail)
+    blocked = finished_run.write(folder.parent / "blocked")
+    (blocked / "controls.txt").mkdir()
+    assert controls.main([str(blocked)]) == 2
+    assert "controls.txt: is a folder, and must be a file or free" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, problem", [([], "run"), (["/nowhere"], "must be the folder of a run")])
 def test_bad_input(argv, problem, capsys):
     assert controls.main(argv) == 2
