@@ -422,7 +422,7 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     idle = np.zeros(job.cfg.policy_seeds, int)  # rounds in a row in which a policy took no step
     for arrays in map(log.arrays, range(max(0, start - MOST_IDLE_ROUNDS), start)):
         idle = np.where(records.dead(arrays), idle + 1, 0)
-    why = None
+    why, asked = None, False
     events = job.out / "tensorboard" if job.card.get("tensorboard") and devices.first() else None
     written = start if events is None or events.exists() else 0  # a run may be asked for them when it goes on
     writer = scalars.Writer(events, job.cfg.policy_seeds, written)
@@ -440,9 +440,11 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
             idle = np.where(records.dead(arrays), idle + 1, 0)
             advance(round_note(arrays, metric), style="bold red" if idle.any() else None)
             why = _why_idle(int(idle.argmax()), run, metrics) if idle.max() >= MOST_IDLE_ROUNDS else None
-            somebody = devices.any_says(stop.asked is not None)  # of all processes, each of which has to ask
-            stop.asked = stop.asked or (signal.SIGTERM if somebody else None)
-            last = number + 1 == rounds or stop.asked or why
+            # of all processes, each of which has to ask; a signal that comes after that is for the next round, or
+            # one process would leave alone
+            asked = devices.any_says(stop.asked is not None)
+            stop.asked = stop.asked or (signal.SIGTERM if asked else None)
+            last = number + 1 == rounds or asked or why
             planned = every and (number + 1) % every == 0
             if planned or (every and last):
                 # what a policy may return to must not depend on where the run was stopped
@@ -455,7 +457,7 @@ def learn(job: Job, stop: command.Interruption | None = None) -> tuple[RunState,
     stop.patient = False
     if why:
         raise command.Refusal(why)
-    if stop.asked:
+    if asked or (stop.asked and not devices.several()):
         raise command.Stopped
     return run, log.stacked()
 
