@@ -29,6 +29,11 @@ class Metric(NamedTuple):
         return self.best > self.worst
 
     @property
+    def sign(self) -> int:
+        """What a difference is multiplied by so that more is better."""
+        return 1 if self.higher_is_better else -1
+
+    @property
     def span(self) -> float:
         """The best score."""
         return abs(self.best - self.worst) / self.scale

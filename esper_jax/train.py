@@ -500,11 +500,7 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
         twins, played = play_beside(
             report_key(key), run, twins, episodes(cfg, names, who), np.tile(envs, sum(rows.values())), True
         )
-        found, end = {BASELINE: jax.tree.map(lambda leaf: leaf[None], twins)}, 0
-        for name, count in rows.items():
-            mine, end = slice(end, end + count * len(envs)), end + count * len(envs)
-            split = lambda leaf, mine=mine, count=count: leaf[mine].reshape(count, len(envs), *leaf.shape[1:])
-            found[name] = jax.tree.map(split, played)
+        found = {BASELINE: jax.tree.map(lambda leaf: leaf[None], twins)} | by_arm(played, rows, len(envs))
         return {name: found[name] for name in controllers}
 
     def pay_block(run: RunState, policies: np.ndarray, rows: Rollout, twin_loss: np.ndarray) -> Rollout:
@@ -513,6 +509,16 @@ def bind(cfg: Config, dataset: data.Dataset, names: tuple[str, ...], programs: P
         return paid(rows, jax.tree.map(lambda leaf: leaf.reshape(rows.reward.shape), devices.fetch(components)))
 
     return Train(init, update, compare, play, names, dataset, programs)
+
+
+def by_arm(played: Comparison, rows: Mapping[str, int], envs: int) -> dict[str, Comparison]:
+    """Episodes [N] one arm after the other as [P, R] of each, given how many rows each has."""
+    found, end = {}, 0
+    for name, count in rows.items():
+        mine, end = slice(end, end + count * envs), end + count * envs
+        split = lambda leaf, mine=mine, count=count: leaf[mine].reshape(count, envs, *leaf.shape[1:])
+        found[name] = jax.tree.map(split, played)
+    return found
 
 
 def shape_of(slots: SlotState) -> np.ndarray:

@@ -24,9 +24,10 @@ from esper_jax.enums import BASELINE
 from esper_jax.evidence.statistics import eta_squared, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
 from esper_jax.run import command, files, options
+from esper_jax.run.compilation import prepare
 from esper_jax.run.console import Console
 from esper_jax.train import Comparison
-from experiments.finished import Finished, open_run, prepare
+from experiments.finished import Finished, open_run
 
 PROGRAM = "python -m experiments.audit"
 MODES = get_args(get_type_hints(RewardConfig)["mode"])

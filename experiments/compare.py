@@ -46,8 +46,7 @@ def read(folder: Path) -> Finished:
     metrics = records.read_arrays(folder / "metrics.npz")
     try:
         kept, metric = tables.values(metrics), tables.metric_of(metrics)
-        sign = 1 if metric.higher_is_better else -1
-        gain = {arm: crossed_interval(sign * (value - kept[BASELINE])) for arm, value in kept.items()}
+        gain = {arm: crossed_interval(metric.sign * (value - kept[BASELINE])) for arm, value in kept.items()}
         size = {arm: tables.measured_mean(value) for arm, value in tables.sizes(metrics).items()}
         learned = _learned(metrics, metric)
     except (KeyError, IndexError, TypeError) as error:

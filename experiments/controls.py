@@ -24,15 +24,15 @@ from esper_jax import Config
 from esper_jax.config import TextConfig
 from esper_jax.enums import BASELINE, GREEDY, HEADS, MATCHED, PLANNED, POLICY, Op
 from esper_jax.evidence import tables
-from esper_jax.evidence.controls import EAGER, ORACLE, STATIC, WIDE
-from esper_jax.network import model as networks
+from esper_jax.evidence.controls import EAGER, ORACLE, STATIC, TUNED, WIDE
 from esper_jax.network.host import param_count
 from esper_jax.run import command, compilation, estimate, files, options, provenance, publish, records
-from esper_jax.run.console import Console, round_note
+from esper_jax.run.compilation import prepare
+from esper_jax.run.console import Console
 from esper_jax.run.folder import locked
-from esper_jax.train import Comparison, Orders, episodes, make_train, report_key, round_key
+from esper_jax.train import Comparison, Orders, by_arm, episodes, make_train, report_key, round_key
 from experiments import schedules
-from experiments.finished import Finished, made_by, open_run, prepare
+from experiments.finished import Finished, learn, made_by, open_run
 
 PROGRAM = "python -m experiments.controls"
 
@@ -48,12 +48,7 @@ def reported(of: Finished, arms: dict[str, tuple[str, Orders]]) -> dict[str, Com
     flat = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), orders) for _, orders in arms.values()]
     who = who._replace(orders=jax.tree.map(lambda *parts: np.concatenate(parts), *flat))
     _, played = of.train.play(report_key(of.key), of.run, who)
-    found, end = {}, 0
-    for name, count in rows.items():
-        mine, end = slice(end, end + count * envs), end + count * envs
-        split = lambda leaf, mine=mine, count=count: leaf[mine].reshape(count, envs, *leaf.shape[1:])
-        found[name] = jax.tree.map(split, played)
-    return found
+    return by_arm(played, rows, envs)
 
 
 def planned(of: Finished, plan: np.ndarray) -> tuple[str, Orders]:
@@ -86,14 +81,9 @@ def fixed(of: Finished) -> tuple[str, Orders]:
 
 def blind(of: Finished, console: Console) -> Comparison:
     """Policies trained as the run's were, on the same environments, that see nothing but the time and what is legal."""
-    train, cfg = of.train, of.cfg
-    run = train.init(of.key, of.run.hypers.replace(sight=0.0 * of.run.hypers.sight))
-    metric = of.dataset.metric(of.dataset.validation)
-    with console.bar("blind", cfg.rounds) as advance:
-        for _ in range(cfg.rounds):
-            run, metrics = train.update(of.key, run)
-            advance(round_note(records.round_arrays(metrics), metric))
-    return train.compare(of.key, run, [POLICY])[POLICY]
+    start = of.train.init(of.key, of.run.hypers.replace(sight=0.0 * of.run.hypers.sight))
+    run = learn(of.train, of.key, start, of.cfg.rounds, console, "blind")
+    return of.train.compare(of.key, run, [POLICY])[POLICY]
 
 
 def widened(cfg: Config, size: float, params: Callable[[Config], int]) -> Config:
@@ -111,10 +101,7 @@ def widened(cfg: Config, size: float, params: Callable[[Config], int]) -> Config
 def static_wide(of: Finished, size: float) -> tuple[Comparison, estimate.Work, float]:
     """The bare host, but as large as what the policies kept: its episodes, their work, and its relative size."""
 
-    def params(cfg: Config) -> int:
-        shape = {"example": of.dataset.example, "outputs": of.dataset.outputs, "blueprints": ()}
-        return param_count(jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host)
-
+    params = lambda cfg: param_count(estimate.bare_host(cfg, of.dataset))
     # no seed will be grown, and one kind compiles faster than all
     cfg = of.cfg.replace(**{"lifecycle.blueprints": of.cfg.lifecycle.blueprints[:1]})
     wide = widened(cfg, size, params)
@@ -155,8 +142,8 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
         best = schedules.oracle(of, console.say)
     with console.step("controls", "on the keys of the report"):
         wanted = {EAGER + catalog[kind]: planned(of, schedules.everywhere(cfg, kind)) for kind in schedules.kinds(cfg)}
-        wanted |= {"periodic_tuned": planned(of, periodic.plan), "oracle": planned(of, best.plan)}
-        wanted |= {"random_matched": matched(of, policy), "static_final": static_final(of, policy), "fixed": fixed(of)}
+        wanted |= {TUNED: planned(of, periodic.plan), ORACLE: planned(of, best.plan)}
+        wanted |= {"random_matched": matched(of, policy), STATIC: static_final(of, policy), "fixed": fixed(of)}
         arms = without_twice(arms | reported(of, wanted))
     with console.step("wide", "a wider host, compiled and played"):
         size = float(policy.rollout.info.committed_size[..., -1].mean())
@@ -164,9 +151,9 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
     if cfg.rounds:
         arms["blind"] = blind(of, console)
     metric = of.dataset.metric(of.dataset.test)
-    arrays = records.arm_arrays(arms | {"static_wide": wide}, catalog, metric, *estimate.work(cfg, of.dataset))
-    arrays["arms/train_flops"][arrays["arms/names"] == "static_wide"] = wide_work.host * cfg.training.epochs
-    searched = {"periodic_tuned": periodic, "oracle": best}
+    arrays = records.arm_arrays(arms | {WIDE: wide}, catalog, metric, *estimate.work(cfg, of.dataset))
+    arrays["arms/train_flops"][arrays["arms/names"] == WIDE] = wide_work.host * cfg.training.epochs
+    searched = {TUNED: periodic, ORACLE: best}
     facts: dict[str, Any] = {
         name: {
             "schedule": schedules.in_words(found.plan, cfg), "plan": found.plan.tolist(), "plans": found.plans,
@@ -174,8 +161,8 @@ def controls(of: Finished, console: Console) -> tuple[dict[str, np.ndarray], dic
         }
         for name, found in searched.items()
     }  # fmt: skip
-    facts["oracle"]["seconds"] = round(console.durations["oracle"], 1)
-    facts["static_wide"] = {"size": times, "policy_size": size}
+    facts[ORACLE]["seconds"] = round(console.durations["oracle"], 1)
+    facts[WIDE] = {"size": times, "policy_size": size}
     facts["source"] = provenance.source()
     return arrays, facts
 
@@ -203,9 +190,9 @@ def text_of(arrays: dict[str, np.ndarray], facts: dict[str, Any], card: dict[str
         "",
         *(f"{question} {answer}." for question, answer in tables.answers(arrays)),
         "",
-        f"The tuned rule: {facts['periodic_tuned']['schedule']} (of {facts['periodic_tuned']['plans']}).",
-        f"The best schedule found: {facts['oracle']['schedule']} (of {facts['oracle']['plans']}, in "
-        f"{facts['oracle']['episodes']:,} episodes and {facts['oracle']['seconds']:.0f} s).",
+        f"The tuned rule: {facts[TUNED]['schedule']} (of {facts[TUNED]['plans']}).",
+        f"The best schedule found: {facts[ORACLE]['schedule']} (of {facts[ORACLE]['plans']}, in "
+        f"{facts[ORACLE]['episodes']:,} episodes and {facts[ORACLE]['seconds']:.0f} s).",
         f"Of the requests of the usual schedules {refused(arrays, 'fixed')} were refused, of those of the policies' "
         f"likeliest actions {refused(arrays, GREEDY)}.",
         *(

@@ -16,8 +16,8 @@ import jax
 from esper_jax import Config, data, make_train
 from esper_jax.config import TextConfig
 from esper_jax.control.arms import controllers
-from esper_jax.run import checkpoint, command, compilation, devices, provenance, records
-from esper_jax.run.console import Console
+from esper_jax.run import checkpoint, compilation, devices, provenance, records
+from esper_jax.run.console import Console, round_note
 from esper_jax.run.job import RETURN_AFTER
 from esper_jax.train import RunState, Train
 
@@ -34,15 +34,6 @@ class Finished(NamedTuple):
     train: Train
     key: jax.Array
     run: RunState  # after the last round
-
-
-def prepare() -> None:
-    """What a command that plays a run's episodes does first. Programs that the run compiled are found again."""
-    command.use_plain_streams()
-    compilation.spare_the_collector()
-    jax.config.update("jax_include_full_tracebacks_in_locations", False)  # as the run did
-    if lost := compilation.keep_programs(compilation.cache_folder()):
-        command.say(f"warning: {lost}")
 
 
 def open_run(folder: Path, console: Console, data_dir: Path | None = None, text: Sequence[str] = ()) -> Finished:
@@ -111,6 +102,16 @@ def made_otherwise(card: dict[str, Any]) -> str:
     }
     differs = {name: pair for name, pair in facts.items() if pair[0] != pair[1]}
     return "; ".join(f"{name} {str(a or 'unknown')[:12]} then, {b[:12]} now" for name, (a, b) in differs.items())
+
+
+def learn(train: Train, key: jax.Array, run: RunState, rounds: int, console: Console, name: str = "round") -> RunState:
+    """A run after so many rounds more, of which a person sees the numbers and nothing is kept."""
+    metric = train.dataset.metric(train.dataset.validation)
+    with console.bar(name, rounds) as advance:
+        for _ in range(rounds):
+            run, metrics = train.update(key, run)
+            advance(round_note(records.round_arrays(metrics), metric))
+    return run
 
 
 def check_no_return(folder: Path, first: int, last: int) -> None:

@@ -27,9 +27,10 @@ from esper_jax.enums import BASELINE, LEARNED, POLICY
 from esper_jax.evidence import figures, tables
 from esper_jax.evidence.canvas import png
 from esper_jax.run import command, compilation, devices, estimate, files, folder, options, provenance, records
-from esper_jax.run.console import Console, round_note
+from esper_jax.run.compilation import prepare
+from esper_jax.run.console import Console
 from esper_jax.train import Comparison, Hypers
-from experiments.finished import made_by, prepare
+from experiments.finished import learn, made_by
 
 PROGRAM = "python -m experiments.prices"
 
@@ -83,11 +84,7 @@ def sweep(chosen: Options, out: Path, console: Console) -> None:
     with console.step("compile", "rollout; learn and report follow"):
         train = compilation.compile_ahead(train, cfg, key)
     run = train.init(key, hypers.replace(reward=hypers.reward.replace(price=each)))
-    metric = dataset.metric(dataset.validation)
-    with console.bar("round", cfg.rounds) as advance:
-        for _ in range(cfg.rounds):
-            run, metrics = train.update(key, run)
-            advance(round_note(records.round_arrays(metrics), metric))
+    run = learn(train, key, run, cfg.rounds, console)
     with console.step("arms", f"{BASELINE}, rules, and the policies of each price"):
         rules = [name for name in train.controllers if name not in LEARNED]
         arms = train.compare(key, run, [*rules, POLICY])

@@ -48,11 +48,12 @@ from esper_jax.enums import (
 from esper_jax.env import observation
 from esper_jax.evidence.statistics import Interval, mean_interval, rank_correlation, signed
 from esper_jax.evidence.tables import text_table
-from esper_jax.run import command, compilation, files, folder, options, provenance, records
+from esper_jax.run import command, compilation, estimate, files, folder, options, provenance, records
+from esper_jax.run.compilation import prepare
 from esper_jax.run.console import Console
 from esper_jax.train import Rollout, episodes, round_key
 from esper_jax.types import Action, Masks
-from experiments.finished import Finished, open_run, prepare, state_at
+from experiments.finished import Finished, open_run, state_at
 
 PROGRAM = "python -m experiments.whatif"
 MOST_ACTIONS = 12  # of each of many moments
@@ -238,7 +239,7 @@ def announce(opened: Finished, console: Console, moments: Sequence[Moment], play
     """Says how many episodes are played, and about how long that takes. A replay was played just now."""
     cfg = opened.cfg
     twins = lucks * len({(moment.env, moment.epoch) for moment in moments})
-    size = (cfg.policy_seeds + (cfg.reward.mode == "paired")) * cfg.n_envs
+    size, _ = estimate.episodes(cfg, 0)
     blocks = -(-(played + twins) // size)
     seconds = blocks * console.durations["replay"]
     console.say(f"  {played} episodes and {twins} twins, in {blocks} blocks of {size}: about {seconds:.0f} s")
@@ -246,8 +247,7 @@ def announce(opened: Finished, console: Console, moments: Sequence[Moment], play
 
 def half(interval: Interval) -> str:
     """What stands behind a ±."""
-    width = interval.high - interval.mean
-    return "-" if np.isnan(width) else f"{width:.2f}"
+    return "-" if np.isnan(interval.half) else f"{interval.half:.2f}"
 
 
 def check_range(name: str, value: int, first: int, last: int, why: str = "") -> None:

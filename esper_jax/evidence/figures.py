@@ -70,7 +70,7 @@ def inline(name: str, panels: Sequence[Panel]) -> list[Drawn]:
 
 def gains(metrics: Arrays) -> dict[str, np.ndarray]:
     """f[P, E] of each arm but the baseline, over the baseline in the same environment; better is more."""
-    kept, sign = values(metrics), 1 if metric_of(metrics).higher_is_better else -1
+    kept, sign = values(metrics), metric_of(metrics).sign
     return {arm: sign * (value - kept[BASELINE]) for arm, value in kept.items() if arm != BASELINE}
 
 
@@ -301,7 +301,7 @@ def rewards(metrics: Arrays, data: str) -> list[Panel]:
 
 def returns_and_gains(metrics: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """f[A, E] return of each episode of the comparison, and what it gained over the baseline; better is more."""
-    result, sign = measured(metrics), 1 if metric_of(metrics).higher_is_better else -1
+    result, sign = measured(metrics), metric_of(metrics).sign
     base = result[[str(name) for name in metrics["arms/names"]].index(BASELINE)]
     return np.nansum(metrics["arms/reward"], axis=-1), sign * (result - base)
 

@@ -141,7 +141,7 @@ def seeds(metrics: Arrays, data: str) -> list[Panel]:
         return []
     metric, results = metric_of(metrics), measured(metrics)
     base, a = results[names.index(BASELINE)], names.index(POLICY)
-    gain = (results[a] - base) * (1 if metric.higher_is_better else -1)
+    gain = (results[a] - base) * metric.sign
     order = [env for env in np.argsort(gain, kind="stable") if not np.isnan(gain[env])]
     if not order:
         return []

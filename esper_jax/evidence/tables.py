@@ -166,8 +166,7 @@ class Point(NamedTuple):
 def frontier(metrics: dict[str, np.ndarray]) -> dict[str, Point]:
     """Of each arm; the bare host is where all begin, and its gain is 0 without an interval."""
     kept, size, metric = values(metrics), sizes(metrics), metric_of(metrics)
-    sign = 1 if metric.higher_is_better else -1
-    gain = verdict.gains({arm: sign * value for arm, value in kept.items()})
+    gain = verdict.gains({arm: metric.sign * value for arm, value in kept.items()})
     work = by_arm(metrics, "train_flops") if "arms/train_flops" in metrics else {}
     flops = {arm: float(np.nanmean(spent) / np.nanmean(work[BASELINE])) for arm, spent in work.items()}
     start = Interval(0.0, np.nan, np.nan, kept[BASELINE].shape[1])

@@ -82,8 +82,7 @@ def against_all(values: Arms, subject: str) -> dict[str, Claim]:
 
 def best(values: Arms, arms: Iterable[str], metric: Metric) -> str | None:
     """The arm with the best mean, the first of equals; None if none was measured."""
-    sign = 1 if metric.higher_is_better else -1
-    means = {arm: sign * difference(values[arm], values[BASELINE]).mean for arm in arms}
+    means = {arm: metric.sign * difference(values[arm], values[BASELINE]).mean for arm in arms}
     means = {arm: mean for arm, mean in means.items() if not np.isnan(mean)}
     return max(means, key=lambda arm: means[arm]) if means else None
 

@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding
 
 from esper_jax.config import Config
 from esper_jax.env.reward import Course
-from esper_jax.run import devices
+from esper_jax.run import command, devices
 from esper_jax.train import Train, bind, round_of
 
 MOST_CACHE_BYTES = 2**30
@@ -95,6 +95,16 @@ def keep_programs(folder: Path | None) -> str | None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return None
+
+
+def prepare() -> None:
+    """What a command that plays episodes does first. Programs that another one compiled are found again."""
+    command.use_plain_streams()
+    spare_the_collector()
+    # the call stack of every instruction is a fifth of a kept program
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)
+    if lost := keep_programs(cache_folder()):
+        command.say(f"warning: {lost}")
 
 
 def background(work: dict[str, Callable[[], Any]]) -> dict[str, Future]:

@@ -14,6 +14,7 @@ from esper_jax.enums import LEARNED
 from esper_jax.env import observation
 from esper_jax.network import model as networks
 from esper_jax.network import seed_bank
+from esper_jax.network.host import Host
 from esper_jax.run import devices, records
 from esper_jax.train import Metrics, Rollout, Train, round_of
 
@@ -134,15 +135,16 @@ class Work(NamedTuple):
     seeds: np.ndarray  # f[S, N] by slot and number in the catalog; 0 for what is not offered
 
 
+def bare_host(cfg: Config, dataset: AnyDataset) -> Host:
+    """The host of a configuration for these data, as shapes."""
+    shape = {"example": dataset.example, "outputs": dataset.outputs, "blueprints": ()}
+    return jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host
+
+
 def work(cfg: Config, dataset: AnyDataset) -> Work:
     """As XLA counts what is lowered for a few examples, additions of bias and norm included; backwards twice as much as
     forwards (Kaplan et al., 2020)."""
-    model = jax.eval_shape(
-        lambda: networks.init(
-            jax.random.key(0), cfg.host, blueprints=(), example=dataset.example, outputs=dataset.outputs
-        )
-    )
-    host, names = model.host, cfg.lifecycle.catalog
+    host, names = bare_host(cfg, dataset), cfg.lifecycle.catalog
     blueprints = seed_bank.table(cfg.lifecycle.blueprints, cfg.host.modules)[1:]
     one = dataset.validation.inputs
     batch = jax.ShapeDtypeStruct((FEW, *one.shape[1:]), one.dtype)

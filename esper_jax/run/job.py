@@ -27,7 +27,6 @@ from esper_jax.config import Config, number
 from esper_jax.control.arms import controllers
 from esper_jax.enums import LEARNED
 from esper_jax.env.environment import make_env
-from esper_jax.network import model as networks
 from esper_jax.network.host import param_count
 from esper_jax.run import (
     checkpoint,
@@ -393,8 +392,7 @@ def header(console: Console, options: JobOptions, cfg: Config, out: Path) -> Non
 
 def plan(console: Console, cfg: Config, dataset: data.AnyDataset, rules: int) -> None:
     """What is grown, and how much will be computed."""
-    shape = {"example": dataset.example, "outputs": dataset.outputs, "blueprints": cfg.lifecycle.blueprints}
-    host = jax.eval_shape(lambda: networks.init(jax.random.key(0), cfg.host, **shape)).host
+    host = estimate.bare_host(cfg, dataset)
     epochs, twins = cfg.training.epochs, " and their twins" if cfg.reward.mode == "paired" else ""
     of_round, of_comparison = estimate.episodes(cfg, rules)
     total = epochs * (cfg.rounds * of_round + of_comparison)
@@ -575,12 +573,7 @@ def main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobO
 
 
 def _main(program: str, kind: type[JobOptions], parse: Callable[[list[str]], JobOptions], argv: list[str]) -> int:
-    command.use_plain_streams()
-    compilation.spare_the_collector()
-    # the call stack of every instruction is a fifth of a kept program
-    jax.config.update("jax_include_full_tracebacks_in_locations", False)
-    if lost := compilation.keep_programs(compilation.cache_folder()):
-        command.say(f"warning: {lost}")
+    compilation.prepare()
     job, stop = None, command.Interruption()
     stop.message = lambda: f"stopped; go on with: {program} --resume {shlex.quote(str(job.out))}" if job else "stopped"
     try:
